@@ -1,0 +1,300 @@
+"""The values that describe a streaming model, shared by every layer. Needs numpy only.
+
+A stream program is states + graphs + a schedule:
+
+- every *state* tensor has a name, dtype, shape, batch axis, initial value and an update rule;
+- every *graph* is a pure function `(tokens, position, states it reads) -> (logits, states it writes)`;
+- the *schedule* says which graphs run for token number n; it is periodic in n.
+
+`position` (batch,) int64 counts the tokens a row has consumed since its reset. Fill levels, phases and valid
+lengths all follow from it, so it is the only counter. Axis words in shapes: "batch", "chunk" for the number
+of tokens of one call, and "chunk/k" for one row every k tokens. Tokens are int64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mscompile.errors import InputError
+
+Array = NDArray[Any]
+Dim = int | str
+
+BATCH = "batch"
+CHUNK = "chunk"
+TOKENS = "tokens"
+POSITION = "position"
+LOGITS = "logits"
+
+
+def _size(dim: str, sizes: Mapping[str, int]) -> int:
+    word, _, divisor = dim.partition("/")
+    return sizes[word] // int(divisor or 1)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A graph input or output: numpy dtype name, and a shape whose words are symbolic dimensions."""
+
+    name: str
+    dtype: str
+    shape: tuple[Dim, ...]
+
+    def concrete(self, **sizes: int) -> tuple[int, ...]:
+        """The shape with its words replaced, as in `concrete(batch=2, chunk=16)`."""
+        return tuple(dim if isinstance(dim, int) else _size(dim, sizes) for dim in self.shape)
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """One remembered tensor. Its graph input is `<name>.in`, its output `<name>.out`.
+
+    replace: `.out` is the whole new tensor; hosts keep two buffers and swap them.
+    append: `.out` holds only new rows along `time_axis`; the host writes them into its buffer of
+    `shape[time_axis]` rows behind the rows already there, as a ring. Which slots are valid follows from
+    `position`, so a graph never reads a slot that was not written.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[Dim, ...]
+    update: Literal["replace", "append"] = "replace"
+    time_axis: int | None = None
+    batch_axis: int = 0
+    initial: float = 0.0
+
+    @property
+    def input_name(self) -> str:
+        return f"{self.name}.in"
+
+    @property
+    def output_name(self) -> str:
+        return f"{self.name}.out"
+
+    def as_input(self) -> TensorSpec:
+        return TensorSpec(self.input_name, self.dtype, self.shape)
+
+    def as_output(self, rows: Dim | None = None) -> TensorSpec:
+        """The output tensor; `rows` is the length of the time axis where the state only gains rows."""
+        shape = list(self.shape)
+        if self.update == "append" and rows is not None and self.time_axis is not None:
+            shape[self.time_axis] = rows
+        return TensorSpec(self.output_name, self.dtype, tuple(shape))
+
+    def bytes_per_stream(self) -> int:
+        """Bytes one batch row keeps in this state (one buffer)."""
+        sizes = [dim for dim in self.shape if isinstance(dim, int)]
+        return int(np.prod(sizes, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One static graph. `tokens` is how many tokens a call consumes: 0 (it only updates states), 1 or "chunk"."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    tokens: Dim
+
+
+@dataclass(frozen=True)
+class Tick:
+    """What runs for one token, for `repeat` phases in a row.
+
+    `graphs` run in order and consume the token. `closing` graphs run after it; a prefill chunk may end at
+    such a token but never pass it, and then they run after the chunk.
+    """
+
+    graphs: tuple[str, ...]
+    closing: tuple[str, ...] = ()
+    repeat: int = 1
+
+
+@dataclass(frozen=True)
+class ScheduledCall:
+    """The next thing a host does: these graphs, in order, on this many tokens."""
+
+    graphs: tuple[str, ...]
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which graphs run for token number n: the tick at phase `n % period`.
+
+    `prefill` is a graph that consumes many tokens at once. It may start where the phase is a multiple of
+    `chunk_multiple` and takes multiples of `chunk_multiple` tokens, `max_chunk` at most.
+    """
+
+    ticks: tuple[Tick, ...]
+    prefill: str | None = None
+    chunk_multiple: int = 1
+    max_chunk: int = 1
+
+    @property
+    def period(self) -> int:
+        return sum(tick.repeat for tick in self.ticks)
+
+    def tick(self, position: int) -> Tick:
+        """The tick of token number `position`."""
+        phase = position % self.period
+        for tick in self.ticks:
+            if phase < tick.repeat:
+                return tick
+            phase -= tick.repeat
+        raise AssertionError("ticks cover the period")
+
+    def next_call(self, position: int, remaining: int) -> ScheduledCall:
+        """What to run next for a row that has consumed `position` tokens and has `remaining` to go."""
+        length = self._chunk(position, remaining)
+        if self.prefill is not None and length > 1:
+            return ScheduledCall((self.prefill, *self.tick(position + length - 1).closing), length)
+        tick = self.tick(position)
+        return ScheduledCall((*tick.graphs, *tick.closing), 1)
+
+    def _chunk(self, position: int, remaining: int) -> int:
+        if self.prefill is None or position % self.chunk_multiple:
+            return 0
+        length = min(remaining, self.max_chunk, self._until_closing(position))
+        return length - length % self.chunk_multiple
+
+    def _until_closing(self, position: int) -> int:
+        """Tokens up to and including the next one with closing graphs; unlimited where none has."""
+        phase, start, ends = position % self.period, 0, []
+        for tick in self.ticks:
+            if tick.closing:
+                first = max(start, phase) if start + tick.repeat > phase else start + self.period
+                ends.append(first - phase + 1)
+            start += tick.repeat
+        return min(ends, default=2**62)
+
+
+@dataclass(frozen=True)
+class StreamSpec:
+    """Everything a host needs to run a model; this is what a bundle's manifest holds."""
+
+    states: tuple[StateSpec, ...]
+    graphs: tuple[GraphSpec, ...]
+    schedule: Schedule
+    vocab_size: int
+    max_batch: int
+    max_context: int | None = None  # tokens after which a row must be reset; None: endless
+
+    def graph(self, name: str) -> GraphSpec:
+        return next(graph for graph in self.graphs if graph.name == name)
+
+    def state(self, name: str) -> StateSpec:
+        return next(state for state in self.states if state.name == name)
+
+    def bytes_per_stream(self) -> int:
+        """Bytes of state one stream keeps, two buffers for each replaced state."""
+        return sum(state.bytes_per_stream() * (2 if state.update == "replace" else 1) for state in self.states)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The shapes an engine is built for: batch sizes and tokens per prefill call."""
+
+    min_batch: int = 1
+    max_batch: int = 8
+    max_chunk: int = 512
+
+
+@dataclass(frozen=True)
+class Hit:
+    """What a rule or pass did at one place, or why it did not."""
+
+    name: str  # of the rule or pass
+    place: str  # module path or node name
+    applied: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that a session knows: a copy, independent of the session."""
+
+    position: Array  # (batch,) int64
+    states: Mapping[str, Array]
+    cursors: Mapping[str, Array]  # rows written so far into each append state, (batch,) int64
+
+
+class Session(Protocol):
+    """A group of streams, one a batch row, that keeps its own state. Not for use by two threads at once."""
+
+    @property
+    def batch(self) -> int: ...
+
+    @property
+    def position(self) -> Array:
+        """Tokens consumed by each row since its reset, (batch,) int64."""
+        ...
+
+    def step(self, tokens: Any) -> Array:
+        """Consume tokens (batch, T), any T >= 1, and return logits (batch, T, vocab) float32."""
+        ...
+
+    def state(self) -> Snapshot: ...
+
+    def restore(self, snapshot: Snapshot) -> None: ...
+
+    def reset(self, rows: Sequence[int] | None = None) -> None: ...
+
+
+class Executor(Protocol):
+    """Runs the graphs of one plan on arrays that the caller owns."""
+
+    def bind(self, graph: str, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Callable[[], None]:
+        """A call that reads `inputs` and writes `outputs`, which keep their addresses. Names as in the GraphSpec."""
+        ...
+
+
+class Plan(Protocol):
+    """A loaded engine: immutable, shared by its sessions."""
+
+    spec: StreamSpec
+
+    def session(self, batch: int = 1) -> Session: ...
+
+
+class Engine(Protocol):
+    """One runtime. Its module imports that runtime only inside functions."""
+
+    name: str
+    title: str
+
+    def cannot_build(self) -> str | None:
+        """Why `build` would fail on this machine, with what to do; None if it can."""
+        ...
+
+    def cannot_run(self) -> str | None:
+        """Why `load(...).session()` would fail on this machine, with what to do; None if it can."""
+        ...
+
+    def build(self, graphs: Path, out: Path, spec: StreamSpec, profile: Profile) -> dict[str, Any]:
+        """Compile `graphs/<name>.onnx` into the existing empty directory `out`; returns facts for the manifest."""
+        ...
+
+    def load(self, graphs: Path, built: Path, spec: StreamSpec) -> Plan: ...
+
+
+def check_tokens(tokens: Any, batch: int, vocab_size: int) -> Array:
+    """`tokens` as int64 (batch, T); InputError where shape, type or range is not right."""
+    array = np.asarray(tokens)
+    if array.ndim != 2 or array.shape[0] != batch or array.shape[1] < 1:
+        raise InputError(f"tokens must have shape (batch={batch}, T >= 1), not {array.shape}")
+    if array.dtype.kind not in "iu":
+        raise InputError(f"tokens must be whole numbers, not {array.dtype}")
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high >= vocab_size:
+        wrong = low if low < 0 else high
+        raise InputError(f"token id {wrong} is out of range: this model knows ids 0 to {vocab_size - 1}")
+    return np.ascontiguousarray(array, dtype=np.int64)

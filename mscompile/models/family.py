@@ -1,0 +1,62 @@
+"""What every model family offers to the rest of the project."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import Tensor, nn
+
+from mscompile.errors import ConfigError
+
+
+
+
+class ReferenceModel(nn.Module):
+    """A trained model as published. `full` is what every stream must equal."""
+
+    config: Any
+
+    def full(self, tokens: Tensor) -> Tensor:
+        """Logits (B, T, V) that predict the token after each one of `tokens` (B, T), from an empty memory.
+
+        This is the model's own forward, segment by segment where the model defines segments.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the family table."""
+
+    name: str
+    title: str
+    source: str  # the paper, and the public code whose semantics are followed
+    config: type
+    model: type[ReferenceModel]
+
+    def parse_config(self, values: dict[str, Any]) -> Any:
+        """The family's configuration from plain values; unknown, missing and impossible ones are refused by name."""
+        known = {field.name for field in fields(self.config)}
+        if unknown := sorted(set(values) - known):
+            raise ConfigError(f"{self.name} has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+        try:
+            return self.config(**values)
+        except TypeError as error:
+            raise ConfigError(f"{self.name} configuration is incomplete: {error}") from error
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ConfigError(message) unless the condition holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def require_positive(config: Any, *names: str) -> None:
+    """Every named setting is a whole number >= 1."""
+    for name in names:
+        value = getattr(config, name)
+        require(
+            isinstance(value, int) and not isinstance(value, bool) and value >= 1,
+            f"{name} must be a whole number of at least 1, not {value!r}",
+        )
