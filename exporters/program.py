@@ -98,7 +98,8 @@ def build(model: ReferenceModel, profile: Profile, context: int | None = None) -
         graphs[PREFILL] = GraphModule(root, PREFILL, lambda factor: True)
     states = root.states()
     vocab_size = int(model.config.vocab_size)
-    graphs = dict(sorted(graphs.items()))
+    root.eval()
+    graphs = {name: graph.eval() for name, graph in sorted(graphs.items())}
     specs = tuple(_graph_spec(graph, dtype, schedule.chunk_multiple, vocab_size) for graph in graphs.values())
     spec = StreamSpec(states, specs, schedule, vocab_size, profile.max_batch, context if root.bounded else None)
     return StreamProgram(root, graphs, spec, tuple(hits))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mscompile.errors import ConfigError
@@ -23,6 +24,18 @@ class ReferenceModel(nn.Module):
         This is the model's own forward, segment by segment where the model defines segments.
         """
         raise NotImplementedError
+
+    def advance(self, tokens: Tensor, carry: Any = None) -> tuple[Tensor, Any]:
+        """Go on as the published code does: logits of `tokens` (B, T), and what the next call needs.
+
+        Here, for models without incremental decoding, that is everything seen so far, run again.
+        """
+        seen = tokens if carry is None else torch.cat([carry, tokens], dim=1)
+        return self.full(seen)[:, -tokens.shape[1] :], seen
+
+    def select(self, carry: Any, rows: list[int]) -> Any:
+        """The carry of some batch rows."""
+        return carry[rows]
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -145,11 +146,25 @@ class TransformerXL(ReferenceModel):
         return self.head(h), new_mems
 
     def full(self, tokens: Tensor) -> Tensor:
-        mems, logits = self.empty_mems(tokens.shape[0]), []
-        for segment in tokens.split(self.config.tgt_len, dim=1):
-            segment_logits, mems = self(segment, mems)
+        logits, _ = self.advance(tokens)
+        return logits
+
+    def advance(self, tokens: Tensor, carry: Any = None) -> tuple[Tensor, Any]:
+        """Segment by segment with the published memories; a segment begun before is run again from its start."""
+        mems, begun = carry or (self.empty_mems(tokens.shape[0]), tokens[:, :0])
+        logits = []
+        for segment in torch.cat([begun, tokens], dim=1).split(self.config.tgt_len, dim=1):
+            segment_logits, new_mems = self(segment, mems)
             logits.append(segment_logits)
-        return torch.cat(logits, dim=1)
+            complete = segment.shape[1] == self.config.tgt_len
+            if complete or self.config.same_length:
+                mems = new_mems
+        rest = segment[:, :0] if complete or self.config.same_length else segment
+        return torch.cat(logits, dim=1)[:, -tokens.shape[1] :], (mems, rest)
+
+    def select(self, carry: Any, rows: list[int]) -> Any:
+        mems, begun = carry
+        return [mem[rows] for mem in mems], begun[rows]
 
 
 FAMILY = Family(

@@ -1,0 +1,66 @@
+# make demo    export both example checkpoints, check parity, compare latency, generate text
+# make test    every test (make quick: without the slow ones)
+# make lint    ruff and mypy
+# make bench   the benchmarks; results go to benchmarks/results/
+# make clean   remove what these targets made
+# Each target first sets up .venv, which takes some minutes the first time.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help demo test quick lint format bench clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PACKAGES := mscompile exporters engines validation
+JOBS ?= 2
+
+help:
+	@sed -n '/^#/!q; s/^# //p' Makefile
+
+demo: $(READY)
+	$(BIN)/python examples/demo.py
+
+# One compute thread a test process: two processes of several threads each would wait for one another.
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
+
+quick: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) -m "not slow"
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict $(PACKAGES) examples
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	$(BIN)/python benchmarks/run.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+
+# The first of these that runs and is at least Python 3.11; the tested version is tried first.
+# PIP_CONSTRAINT holds for the isolated build environments, too.
+$(READY): pyproject.toml constraints.txt
+	@python=; \
+	for candidate in python3.11 python3.12 python3.13 python3; do \
+	    if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
+	    then python=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	    echo "mscompile needs Python 3.11 or newer with its venv module;" \
+	        "install it (on Debian: python3.11 and python3.11-venv) and run make again" >&2; \
+	    exit 1; \
+	fi; \
+	echo "setting up $(VENV) with $$("$$python" --version), which takes some minutes" >&2; \
+	rm -rf $(VENV); \
+	"$$python" -m venv $(VENV)
+	PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
+	    $(BIN)/python -m pip install -c constraints.txt -e '.[export,ort,trt-rtx,dev]'
+	@touch $@

@@ -1,0 +1,144 @@
+"""Stream program -> ONNX graphs, one for each GraphSpec, as onnx-ir models in memory.
+
+torch.onnx.export traces the streaming modules as they are. It can drop the constraints of a dynamic
+dimension or freeze it without an error, so `exporters.check` compares every graph with its GraphSpec after
+each stage. The warnings it is known to give are listed below with the reason; any other is passed on.
+"""
+
+from __future__ import annotations
+
+import ast
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from exporters.lowerings import TRANSLATIONS
+from exporters.program import GraphModule, StreamProgram
+from mscompile.contracts import BATCH, CHUNK, GraphSpec, TensorSpec
+from mscompile.errors import ExportError
+
+OPSET = 20
+
+EXPECTED_WARNINGS = (
+    (r"The axis name: \w+ will not be used", "two inputs share the symbol `batch`, which is what we ask for"),
+    (r"`isinstance\(treespec, LeafSpec\)` is deprecated", "torch's own use of its pytree module"),
+    (r"torchvision is not installed", "no graph here uses torchvision"),
+)
+
+SCOPES_KEY = "pkg.torch.onnx.name_scopes"
+
+logger = logging.getLogger(__name__)
+
+
+def export_graph(program: StreamProgram, name: str) -> ir.Model:
+    """Trace one graph of the program. Raises ExportError naming the graph if the trace fails."""
+    module, spec = program.graphs[name], program.spec.graph(name)
+    multiple = program.spec.schedule.chunk_multiple
+    arguments = tuple(_example(tensor, multiple) for tensor in spec.inputs)
+    dimensions = _dynamic_shapes(spec, multiple)
+    try:
+        with _explained_warnings():
+            model = _trace(module, arguments, dimensions, spec)
+    except torch.onnx.errors.OnnxExporterError as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise ExportError(f"graph {name} cannot be exported: {reason}") from error
+    _name_dimensions(model, spec)
+    _strip_provenance(model)
+    model.graph.name = name
+    return model
+
+
+def _trace(module: GraphModule, arguments: tuple[Any, ...], dimensions: Any, spec: GraphSpec) -> ir.Model:
+    program = torch.onnx.export(
+        module,
+        arguments,
+        dynamo=True,
+        verbose=False,
+        opset_version=OPSET,
+        dynamic_shapes=(dimensions,),
+        input_names=[tensor.name for tensor in spec.inputs],
+        output_names=[tensor.name for tensor in spec.outputs],
+        custom_translation_table=dict(TRANSLATIONS),
+    )
+    assert program is not None
+    return program.model
+
+
+def _example(tensor: TensorSpec, multiple: int) -> torch.Tensor:
+    """An input of sizes that no dimension is frozen to by chance: two streams, at least four groups."""
+    return torch.zeros(tensor.concrete(batch=2, chunk=4 * multiple), dtype=getattr(torch, tensor.dtype))
+
+
+def _dynamic_shapes(spec: GraphSpec, multiple: int) -> tuple[dict[int, Any], ...]:
+    batch = torch.export.Dim(BATCH, min=1)
+    chunk = torch.export.Dim(CHUNK, min=1) if multiple == 1 else multiple * torch.export.Dim("groups", min=1)
+    words = {BATCH: batch, CHUNK: chunk}
+    return tuple(
+        {axis: words[dim] for axis, dim in enumerate(tensor.shape) if isinstance(dim, str)} for tensor in spec.inputs
+    )
+
+
+def _name_dimensions(model: ir.Model, spec: GraphSpec) -> None:
+    """Call the symbolic dimensions of inputs and outputs what the GraphSpec calls them; frozen ones stay frozen."""
+    tensors = {tensor.name: tensor for tensor in (*spec.inputs, *spec.outputs)}
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        tensor = tensors.get(value.name or "")
+        if tensor is None or value.shape is None or len(value.shape) != len(tensor.shape):
+            continue
+        named = [
+            wanted if isinstance(wanted, str) and not isinstance(found, int) else found
+            for found, wanted in zip(value.shape, tensor.shape, strict=True)
+        ]
+        value.shape = ir.Shape(named)
+
+
+def _strip_provenance(model: ir.Model) -> None:
+    """Drop what names this machine or run (stack traces, source paths); keep which module a node came from."""
+    model.producer_name, model.producer_version, model.doc_string = "mscompile", None, None
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.graph.doc_string = None
+    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        module = _module_path(node)
+        node.doc_string = None
+        node.metadata_props.clear()
+        node.metadata_props["module"] = module
+        for output in node.outputs:
+            output.metadata_props.clear()
+
+
+def _module_path(node: ir.Node) -> str:
+    """The innermost module whose forward made this node, as `level.pre.blocks.0.attention`."""
+    scopes = ast.literal_eval(node.metadata_props.get(SCOPES_KEY, "[]"))
+    return str(scopes[-2]).removeprefix("root").removeprefix(".") if len(scopes) > 1 else ""
+
+
+@contextmanager
+def _explained_warnings() -> Iterator[None]:
+    registry = logging.getLogger("torch.onnx._internal.exporter._registration")
+    registry.addFilter(_is_unexpected)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
+    finally:
+        registry.removeFilter(_is_unexpected)
+    for message in {str(warning.message).splitlines()[0] for warning in caught}:
+        if not _explained(message):
+            logger.warning("while exporting: %s", message)
+
+
+def _explained(message: str) -> bool:
+    return any(re.search(pattern, message) for pattern, _ in EXPECTED_WARNINGS)
+
+
+def _is_unexpected(record: logging.LogRecord) -> bool:
+    return not _explained(record.getMessage())

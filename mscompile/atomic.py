@@ -1,0 +1,214 @@
+"""Writing a directory so that others see the old one or the new one, whole, and never a mixture.
+
+The new directory is written as a hidden sibling of its target, `.<name>.<random>.partial`, flushed to disk and
+moved into place by one rename. The writer holds a lock on the sibling (flock on the directory itself, so nothing
+of it ends up inside); a sibling that nobody locks was left by a killed process and goes at the next write.
+Of two writers with `force` the last rename wins; without `force` the second one is refused. Writing needs POSIX.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mscompile.errors import BundleError, UsageError
+
+MARKER = "manifest.json"
+PARTIAL = ".partial"  # being written, or left by a killed process
+ASIDE = ".aside"  # the old directory, for the moment between two renames where they cannot be one
+AT_FDCWD, RENAME_NOREPLACE, RENAME_EXCHANGE = -100, 1, 2  # linux/fs.h
+NO_SUCH_CALL = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
+TARGET_CHANGED = (errno.EEXIST, errno.ENOENT, errno.ENOTEMPTY)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+CANNOT_WRITE = (
+    *(*NO_SPACE, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP),
+)
+SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")  # how numpy reports a full disk, without errno
+
+
+@contextmanager
+def writing(target: Path, force: bool = False, marker: str = MARKER) -> Iterator[Path]:
+    """An empty directory to fill; when the block ends without an exception it becomes `target`.
+
+    `marker` is the file that every complete directory of this kind holds; with `force` only a directory that
+    has it is replaced. Raises UsageError where `target` exists (unless `force`), is something else, or cannot
+    be written. After any exception `target` is as it was.
+    """
+    target = Path(os.path.realpath(target))
+    what = f"cannot write {target}"
+    with explained(what):
+        _check_target(target, force, marker)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _clean(target)
+        directory, lock = _locked_sibling(target)
+    try:
+        with explained(what, within=directory):
+            yield directory
+        if not (directory / marker).is_file():
+            raise BundleError(f"{what}: nothing was sealed, {marker} is missing")
+        with explained(what):
+            _flush(directory)
+            _publish(directory, target, force, marker)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)  # what was written, or what it replaced
+        os.close(lock)
+
+
+@contextmanager
+def explained(what: str, within: Path | None = None) -> Iterator[None]:
+    """Turn an OSError of writing (disk full, no permission) into one UsageError that starts with `what`.
+
+    With `within`, errors that name a file outside that directory are not of this writing and pass unchanged.
+    """
+    try:
+        yield
+    except OSError as error:
+        named = Path(os.path.abspath(error.filename)) if isinstance(error.filename, str) else None
+        foreign = within is not None and named is not None and within not in (named, *named.parents)
+        short = error.errno is None and SHORT_WRITE.search(str(error)) is not None
+        if foreign or not (short or error.errno in CANNOT_WRITE):
+            raise
+        why = "No space left on device" if short else error.strerror
+        advice = "free some space or " if short or error.errno in NO_SPACE else ""
+        raise UsageError(f"{what}: {why}; {advice}choose another place") from error
+
+
+def is_partial(directory: Path) -> bool:
+    """Whether `directory` is one that `writing` is filling, or left behind when its process was killed."""
+    return re.fullmatch(rf"\..+\.[0-9a-f]{{8}}({PARTIAL}|{ASIDE})", Path(os.path.realpath(directory)).name) is not None
+
+
+def _check_target(target: Path, force: bool, marker: str) -> None:
+    if not target.name:
+        raise UsageError(f"cannot write {target}: it is the root of the file system; name a directory in it")
+    if os.path.lexists(target.parent) and not target.parent.is_dir():
+        raise UsageError(f"cannot write {target}: {target.parent} is not a directory; choose another place")
+    if not os.path.lexists(target):
+        return
+    if not target.is_dir():
+        raise UsageError(f"{target} exists and is not a directory; choose another place")
+    if not (target / marker).is_file():
+        raise UsageError(f"{target} exists and has no {marker}, so it will not be replaced; choose another place")
+    if not force:
+        raise UsageError(f"{target} exists; use --force to replace it")
+
+
+def _siblings(target: Path, suffix: str) -> list[Path]:
+    pattern = re.compile(re.escape(f".{target.name}.") + "[0-9a-f]{8}" + re.escape(suffix))
+    return sorted(target.parent / name for name in os.listdir(target.parent) if pattern.fullmatch(name))
+
+
+def _clean(target: Path) -> None:
+    """Finish what killed writers of `target` began: put an old directory back, remove partial ones."""
+    for aside in _siblings(target, ASIDE):
+        if (lock := _lock(aside)) is not None:
+            if os.path.lexists(target):
+                shutil.rmtree(aside, ignore_errors=True)
+            else:
+                os.rename(aside, target)
+            os.close(lock)
+    for partial in _siblings(target, PARTIAL):
+        if (lock := _lock(partial)) is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+            os.close(lock)
+
+
+def _lock(directory: Path, wait: bool = False) -> int | None:
+    """A descriptor that keeps `directory` locked until closed; None if another writer has it or it is gone."""
+    import fcntl  # not on every system, and readers of bundles import this module too
+
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        if os.path.samestat(os.stat(directory), os.fstat(descriptor)):
+            return descriptor
+    except OSError as error:
+        if wait and not isinstance(error, FileNotFoundError):
+            return descriptor  # a file system without locks: its siblings are never taken for stale
+    os.close(descriptor)
+    return None
+
+
+def _locked_sibling(target: Path) -> tuple[Path, int]:
+    while True:  # a writer that cleans up may take the new directory before it is locked
+        directory = target.with_name(f".{target.name}.{secrets.token_hex(4)}{PARTIAL}")
+        os.mkdir(directory)
+        if (lock := _lock(directory, wait=True)) is not None:
+            return directory, lock
+
+
+def _flush(directory: Path) -> None:
+    """Put every file and directory on disk, the innermost first."""
+    for folder, _, names in os.walk(directory, topdown=False):
+        for path in (*(os.path.join(folder, name) for name in names), folder):
+            _flush_one(path)
+
+
+def _flush_one(path: str | Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # this file system cannot flush a directory
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _publish(directory: Path, target: Path, force: bool, marker: str) -> None:
+    """Move `directory` to `target`; what was there, if anything, is at `directory` then."""
+    moved = False
+    while not moved:  # other writers may add or remove the target between these steps
+        _check_target(target, force, marker)
+        flag = RENAME_EXCHANGE if os.path.lexists(target) else RENAME_NOREPLACE
+        try:
+            moved = _rename(directory, target, flag) or _rename_aside(directory, target)
+        except OSError as error:
+            if error.errno not in TARGET_CHANGED or not directory.is_dir():
+                raise
+    _flush_one(target.parent)
+
+
+def _rename(source: Path, target: Path, flag: int) -> bool:
+    """Linux renameat2; False where this system or file system does not have it."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    if renameat2(AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), flag) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in NO_SUCH_CALL:
+        return False
+    raise OSError(number, os.strerror(number), str(target))
+
+
+def _rename_aside(directory: Path, target: Path) -> bool:
+    """Two renames; a process killed between them leaves the old directory for `_clean` to put back."""
+    if not os.path.lexists(target):
+        os.rename(directory, target)
+        return True
+    aside = directory.with_suffix(ASIDE)
+    lock = _lock(target)
+    os.rename(target, aside)
+    try:
+        os.rename(directory, target)
+    except BaseException:
+        os.rename(aside, target)
+        raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+    shutil.rmtree(aside, ignore_errors=True)
+    return True

@@ -1,0 +1,351 @@
+"""The command line. Results go to stdout, progress and errors to stderr; every command takes --json.
+
+Exit codes: 0 done and gates passed; 1 a parity or latency gate failed; 2 bad usage or input; 3 that engine
+cannot be built or run on this machine.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mscompile.errors import MsCompileError, UsageError
+
+if TYPE_CHECKING:
+    from mscompile.runtime import Bundle
+    from validation.parity import ParityReport
+
+app = typer.Typer(
+    name="mscompile",
+    help="Compile trained memory and multi-scale language models into verified streaming engines.",
+    epilog="Exit codes: 0 done; 1 a gate failed; 2 bad usage or input; 3 the engine cannot run on this machine.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+BundlePath = Annotated[Path, typer.Argument(help="A bundle directory, NAME.msc.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Engines = Annotated[list[str] | None, typer.Option("--engine", help="An engine of the bundle; may be repeated.")]
+OneEngine = Annotated[str | None, typer.Option("--engine", help="An engine of the bundle; the first that runs here.")]
+Tokens = Annotated[Path | None, typer.Option("--tokens", help="A text file for rollouts on real text.")]
+Reference = Annotated[Path | None, typer.Option("--reference", help="The original checkpoint to compare with.")]
+FamilyName = Annotated[str, typer.Option("--family", help="The model's family; auto reads it from the checkpoint.")]
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens.")] = False,
+) -> None:
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
+    _state["debug"] = debug
+
+
+_state = {"debug": False}
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Option("--model", help="The trained checkpoint, .pt or .safetensors.")],
+    target: Annotated[str, typer.Option("--target", help="Engines, comma-separated: ort, trt-rtx, trt; or onnx.")] = "ort",
+    out: Annotated[Path | None, typer.Option("--out", help="The bundle to write.  [default: MODEL.msc]")] = None,
+    family: FamilyName = "auto",
+    precision: Annotated[str, typer.Option("--precision", help="fp32.")] = "fp32",
+    batch: Annotated[str, typer.Option("--batch", help="Batch sizes to build for, LEAST:MOST or MOST.")] = "1:8",
+    max_chunk: Annotated[int, typer.Option("--max-chunk", help="Most tokens of one prefill call.")] = 512,
+    context: Annotated[
+        int | None, typer.Option("--context", help="Longest stream in tokens, where memory grows with the stream.")
+    ] = None,
+    tokens: Tokens = None,
+    steps: Annotated[int, typer.Option("--steps", help="Tokens a row in the long parity rollouts.")] = 2048,
+    validate: Annotated[bool, typer.Option(help="Roll every engine out against the original.")] = True,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compile a trained checkpoint into a verified bundle."""
+    from mscompile import codec
+    from mscompile.contracts import Profile
+    from mscompile.pipeline import Options, compile_checkpoint
+
+    least, most = _batch_range(batch)
+    decided = Options(family, precision, Profile(least, most, max_chunk), context, tokens, steps, validate, force)
+    with _progress() as progress:
+        bundle = compile_checkpoint(model, _words(target), out, decided, progress)
+    if as_json:
+        _print_json({"bundle": str(bundle.path), "manifest": codec.encode(bundle.manifest)})
+        return
+    from validation import render
+
+    for report in _reports(bundle):
+        _print(render.parity_table(report))
+    for engine, facts in bundle.manifest.engines.items():
+        built_only = "" if engine in (bundle.manifest.parity or {}) else "; built, not run here"
+        typer.echo(f"{engine}: {facts.get('runtime', engine)} {facts.get('version', '')}{built_only}")
+    size = sum(entry.size_bytes for entry in bundle.manifest.files.values())
+    state = "verified" if bundle.manifest.verified else "NOT verified"
+    typer.echo(f"{bundle.path}: {state}, {len(bundle.spec.graphs)} graphs, {size / 1e6:.1f} MB")
+
+
+@app.command()
+def validate(
+    bundle: BundlePath,
+    engine: Engines = None,
+    reference: Reference = None,
+    family: FamilyName = "auto",
+    tokens: Tokens = None,
+    steps: Annotated[int, typer.Option("--steps", help="Tokens a row in the long rollouts.")] = 2048,
+    as_json: AsJson = False,
+    unfinished: Annotated[bool, typer.Option("--unfinished", hidden=True)] = False,
+) -> None:
+    """Check a bundle: its golden rollouts, or with --reference full rollouts against the original model."""
+    from mscompile import codec
+    from mscompile.runtime import open_bundle
+
+    opened = open_bundle(bundle, unfinished=unfinished)
+    names = engine or _runnable(opened)
+    with _progress() as progress:
+        if reference is None:
+            reports = [opened.verify(name) for name in names]
+        else:
+            from mscompile.verification import verify_against
+
+            reports = [verify_against(opened, name, reference, family, tokens, steps, progress) for name in names]
+    if as_json:
+        _print_json({"reports": [codec.encode(report) for report in reports]})
+    else:
+        from validation import render
+
+        for report in reports:
+            _print(render.parity_table(report))
+    for report in reports:
+        report.raise_if_failed()
+
+
+@app.command()
+def bench(
+    bundle: BundlePath,
+    engine: Engines = None,
+    reference: Reference = None,
+    workload: Annotated[
+        list[str] | None, typer.Option("--workload", help="decode, decode@POSITION or prefill:TOKENS; may be repeated.")
+    ] = None,
+    rounds: Annotated[int, typer.Option("--rounds", help="Interleaved rounds over all engines.")] = 8,
+    samples: Annotated[int, typer.Option("--samples", help="Steps of each engine in a round.")] = 12,
+    batch: Annotated[int, typer.Option("--batch", help="Streams stepped together.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Measure decode and prefill latency, one process an engine; --reference adds the original model."""
+    from mscompile import bench as benchmark
+    from mscompile import codec
+
+    workloads = workload or ["decode", "prefill:128"]
+    with _progress() as progress:
+        report = benchmark.run(bundle, engine or [], workloads, reference, rounds, samples, batch, progress)
+    if as_json:
+        _print_json(codec.encode(report))
+        return
+    from validation import render
+
+    processor = f"{report.machine['processor']}, {report.machine['cores']} cores"
+    _print(render.latency_table(report.latencies, f"latency of {report.bundle}, batch {batch}, {processor}"))
+    for line in render.gain_lines(report.latencies, report.schedule_gains):
+        typer.echo(line)
+    for name, reason in report.skipped.items():
+        typer.echo(f"{name}: not measured: {reason}")
+
+
+@app.command()
+def generate(
+    bundle: BundlePath,
+    prompt: Annotated[str, typer.Option("--prompt", help="The text to continue.")] = "\n",
+    engine: OneEngine = None,
+    tokens: Annotated[int, typer.Option("--tokens", help="How many tokens to generate.")] = 200,
+    temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.0,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of the sampling.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a text."""
+    from mscompile import runtime
+
+    if tokens < 1:
+        raise UsageError(f"--tokens must be at least 1, not {tokens}")
+    opened = runtime.open_bundle(bundle)
+    tokenizer = opened.tokenizer
+    ids = tokenizer.encode(prompt)
+    if not len(ids):
+        raise UsageError("--prompt is empty; give at least one character")
+    stream = runtime.generate(opened.session(engine), ids, tokens, temperature, seed)
+    if as_json:
+        _print_json({"prompt": prompt, "text": tokenizer.decode(list(stream))})
+        return
+    typer.echo(prompt, nl=False)
+    for token in stream:
+        typer.echo(tokenizer.decode([token]), nl=False)
+    typer.echo()
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A checkpoint, a bundle or an .onnx graph.", show_default=False)],
+    context: Annotated[int | None, typer.Option("--context", help="Longest stream in tokens to assume.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a file is: its states, schedule, and which rules and passes fired or refused, and why."""
+    from mscompile import inspection
+
+    facts = inspection.inspect(path, context)
+    if as_json:
+        _print_json(facts)
+        return
+    from validation import render
+
+    hits = {name: facts.pop(name) for name in ("rules", "passes") if name in facts}
+    states, schedule = facts.pop("states", []), facts.pop("schedule", None)
+    graphs = facts.pop("graphs", {})
+    _print(render.fields_table(str(path), facts))
+    if schedule:
+        rows = [(f"{tick['repeat']} x", ", ".join(tick["graphs"]), ", ".join(tick["closing"])) for tick in schedule["ticks"]]
+        _print(render.rows_table("schedule, in order of phase", ("phases", "graphs", "then"), rows))
+        if schedule["prefill"]:
+            typer.echo(
+                f"{schedule['prefill']}: up to {schedule['max_chunk']} tokens at once, "
+                f"in multiples of {schedule['chunk_multiple']}"
+            )
+    if graphs:
+        rows = [(name, len(graph["reads"]), len(graph["writes"])) for name, graph in graphs.items()]
+        _print(render.rows_table("graphs", ("graph", "states read", "states written"), rows))
+    if states:
+        rows = [(state["name"], state["dtype"], state["shape"], state["update"]) for state in states]
+        _print(render.rows_table("states", ("state", "dtype", "shape", "update"), rows))
+    for title, found in hits.items():
+        rows = [(hit["name"], hit["place"], "applied" if hit["applied"] else "refused", hit["reason"]) for hit in found]
+        _print(render.rows_table(title, ("name", "place", "", "why"), rows))
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what this machine can build and run."""
+    from mscompile.doctor import examine
+
+    facts = examine()
+    if as_json:
+        _print_json(facts)
+        return
+    from validation import render
+
+    packages = {name: found or "not installed" for name, found in facts["packages"].items()}
+    _print(render.fields_table("machine", {"python": facts["python"], "CUDA devices": facts["cuda_devices"], **packages}))
+    rows = [(name, engine["build"], engine["run"]) for name, engine in facts["engines"].items()]
+    _print(render.rows_table("engines", ("engine", "can build", "can run"), rows))
+    for problem in facts["problems"]:
+        typer.echo(f"problem: {problem}")
+
+
+@app.command()
+def families(as_json: AsJson = False) -> None:
+    """List the model families."""
+    from mscompile.models.families import FAMILIES
+
+    rows = [{"name": family.name, "title": family.title, "source": family.source} for family in FAMILIES]
+    _list("families", rows, as_json)
+
+
+@app.command()
+def rules(as_json: AsJson = False) -> None:
+    """List the streaming rules and the graph passes, in the order they are tried."""
+    from exporters.passes.table import PASSES
+    from exporters.rules import RULES
+
+    rows = [{"kind": "rule", "name": rule.name, "why": rule.why} for rule in RULES]
+    rows += [{"kind": "pass", "name": rewrite.name, "why": rewrite.why} for rewrite in PASSES]
+    _list("rules and passes", rows, as_json)
+
+
+def _list(title: str, rows: Sequence[dict[str, str]], as_json: bool) -> None:
+    if as_json:
+        _print_json(rows)
+        return
+    from validation import render
+
+    _print(render.rows_table(title, list(rows[0]), [list(row.values()) for row in rows]))
+
+
+def _words(text: str) -> list[str]:
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words:
+        raise UsageError("--target names no engine; for example --target ort,trt-rtx")
+    return words
+
+
+def _batch_range(text: str) -> tuple[int, int]:
+    least, colon, most = text.rpartition(":")
+    try:
+        return (int(least), int(most)) if colon else (1, int(most))
+    except ValueError as error:
+        raise UsageError(f"--batch must read LEAST:MOST, for example 1:8, not {text!r}") from error
+
+
+def _runnable(opened: Bundle) -> list[str]:
+    """The bundle's engines that run here; where none does, the first, whose error says why."""
+    from engines import registry
+
+    names = [name for name in opened.engines if registry.find(name).cannot_run() is None]
+    return names or list(opened.engines[:1]) or [opened.plan().spec and ""]
+
+
+def _reports(bundle: Bundle) -> list[ParityReport]:
+    from mscompile import codec
+    from validation.parity import ParityReport
+
+    return [codec.decode(ParityReport, report) for report in (bundle.manifest.parity or {}).values()]
+
+
+def _print(renderable: Any) -> None:
+    from rich.console import Console
+
+    console = Console()
+    Console(width=max(console.width, 100) if not console.is_terminal else None).print(renderable)
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, sort_keys=False))
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def update(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+
+        yield update
+
+
+def main() -> None:
+    """Entry point: one clear sentence and the documented exit code for every expected error."""
+    try:
+        app()
+    except MsCompileError as error:
+        if _state["debug"]:
+            raise
+        typer.echo(f"error: {error}", err=True)
+        raise SystemExit(error.exit_code) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""The whole flow, top to bottom: checkpoint -> model -> graphs -> engines -> bundle -> parity."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from engines import registry
+from engines.session import StreamSession
+from engines.torch_eager import original
+from exporters import check, cost, export, program, weights
+from exporters.passes.table import PASSES
+from mscompile import bundle, checkpoint
+from mscompile.atomic import writing
+from mscompile.contracts import Array, Engine, Hit, Profile
+from mscompile.errors import EngineUnavailable, GateFailed, MsCompileError, UsageError
+from mscompile.golden import Golden
+from mscompile.golden import Rollout as GoldenRollout
+from mscompile.runtime import Bundle, open_bundle
+from mscompile.tokenizer import Tokenizer
+from validation import rollouts
+from validation.parity import TOLERANCES
+
+GOLDEN_TOKENS = 192
+GOLDEN_LOGITS = 4_000_000  # numbers a golden rollout may hold, which shortens it for large vocabularies
+TOOLS = ("torch", "onnx", "onnxscript", "onnx-ir")
+
+Progress = Callable[[str, int, int], None]  # what begins now, steps done, steps in all
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user decides about an export."""
+
+    family: str = "auto"
+    precision: str = "fp32"
+    profile: Profile = Profile()
+    context: int | None = None  # tokens, for models whose memory grows with the stream
+    text: Path | None = None  # real text for the parity rollouts
+    steps: int = 2048  # tokens a row in the long rollouts
+    validate: bool = True
+    force: bool = False
+
+
+def compile_checkpoint(
+    model: str | Path,
+    targets: Sequence[str] = ("ort",),
+    out: str | Path | None = None,
+    options: Options | None = None,
+    progress: Progress = lambda *_: None,
+) -> Bundle:
+    """Compile a trained checkpoint into the bundle `out` (`<model>.msc` by default) and verify it.
+
+    `targets` are engine names, or "onnx" for graphs only. Every engine that runs on this machine is rolled out
+    against the original in a fresh process; if one fails, GateFailed is raised and nothing is left at `out`.
+    """
+    options = options or Options()
+    path = Path(model)
+    target = Path(out) if out is not None else path.with_suffix(".msc")
+    chosen = _engines(targets, options)
+    with ExitStack() as stack:
+        track = _Track(progress)
+        track("reading the checkpoint")
+        trained = checkpoint.load(path, options.family)
+        directory = stack.enter_context(writing(target, options.force))
+        track("making the streaming form")
+        stream = program.build(trained.model, options.profile, options.context)
+        track.expect(2 * len(stream.graphs) + (2 if options.validate else 1) * len(chosen) + 2)
+        models, hits = _graphs(stream, track)
+        weights.save(models, _made(directory / bundle.GRAPHS))
+        for name in models:
+            track(f"checking {name}")
+            check.check_file(directory / bundle.GRAPHS / f"{name}.onnx")
+        track("recording golden rollouts")
+        text = read_text(options.text, trained.vocab)
+        _golden(stream, trained, text).save(directory / bundle.GOLDEN)
+        if tokenizer := _tokenizer(trained.vocab):
+            tokenizer.save(directory / bundle.TOKENIZER)
+        facts = {engine.name: _build(engine, directory, stream, options, track) for engine in chosen}
+        manifest = bundle.Manifest(
+            name=path.stem,
+            title=trained.family.title,
+            family=trained.family.name,
+            precision=options.precision,
+            verified=False,
+            source=_source(path, trained),
+            versions={"mscompile": version("mscompile"), **{tool: version(tool) for tool in TOOLS}},
+            profile=options.profile,
+            engines=facts,
+            costs={name: cost.flops(graph) for name, graph in models.items() if stream.spec.graph(name).tokens == 1},
+            tolerances=asdict(TOLERANCES[options.precision]),
+            parity=None,
+            rules=stream.hits,
+            passes=hits,
+            spec=stream.spec,
+        )
+        bundle.seal(directory, manifest)
+        if options.validate:
+            reports = {}
+            for engine in chosen:
+                track(f"verifying {engine.name}")
+                if engine.cannot_run() is None:
+                    reports[engine.name] = _verify_in_fresh_process(directory, engine.name, path, options)
+            bundle.seal(directory, replace(manifest, parity=reports, verified=bool(reports)))
+        track("done")
+    return open_bundle(target)
+
+
+class _Track:
+    """Counts the steps of an export for a progress bar."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._done, self._total = progress, -1, 2
+
+    def expect(self, more: int) -> None:
+        self._total += more
+
+    def __call__(self, what: str) -> None:
+        self._done += 1
+        self._progress(what, self._done, self._total)
+
+
+def _engines(targets: Sequence[str], options: Options) -> tuple[Engine, ...]:
+    """The engines asked for; refused before any work where one cannot be built here."""
+    if options.precision not in TOLERANCES:
+        raise UsageError(f"unknown precision {options.precision!r}; known: {', '.join(TOLERANCES)}")
+    profile = options.profile
+    if not 1 <= profile.min_batch <= profile.max_batch:
+        raise UsageError(f"batch range {profile.min_batch}:{profile.max_batch} must be 1 <= least <= most")
+    if profile.max_chunk < 1:
+        raise UsageError(f"max chunk must be at least 1, not {profile.max_chunk}")
+    if options.context is not None and options.context < 2:
+        raise UsageError(f"context must be at least 2 tokens, not {options.context}")
+    if options.steps < 32:
+        raise UsageError(f"steps must be at least 32 tokens, not {options.steps}")
+    chosen = tuple(registry.find(name) for name in dict.fromkeys(targets) if name != "onnx")
+    for engine in chosen:
+        if reason := engine.cannot_build():
+            raise EngineUnavailable(reason)
+    return chosen
+
+
+def _graphs(stream: program.StreamProgram, track: _Track) -> tuple[dict[str, ir.Model], tuple[Hit, ...]]:
+    """Every graph, traced, rewritten by the passes, and held against its GraphSpec after each stage."""
+    models: dict[str, ir.Model] = {}
+    hits: list[Hit] = []
+    for spec in stream.spec.graphs:
+        track(f"tracing {spec.name}")
+        model = export.export_graph(stream, spec.name)
+        check.check_interface(model, spec, "export")
+        for rewrite in PASSES:
+            model, new_hits = rewrite.apply(model)
+            hits += new_hits
+            check.check_interface(model, spec, rewrite.name)
+        models[spec.name] = model
+    return models, tuple(hits)
+
+
+def _golden(stream: program.StreamProgram, trained: checkpoint.Checkpoint, text: Array | None) -> Golden:
+    """Reference logits and final states of short rollouts, from the original and the stream program."""
+    length = max(16, min(GOLDEN_TOKENS, GOLDEN_LOGITS // stream.spec.vocab_size))
+    full, recorded = original(trained.model), []
+    for rollout in rollouts.golden(stream.spec, text, length):
+        batch = rollout.tokens.shape[0]
+        stepped = StreamSession(stream.spec, program.EagerExecutor(stream), batch)
+        stepped.step(rollout.tokens)
+        chunks = np.array(rollout.chunks, dtype=np.int64)
+        states = dict(stepped.state().states)
+        recorded.append(GoldenRollout(rollout.name, rollout.tokens, chunks, full(rollout.tokens), states))
+    return Golden(tuple(recorded))
+
+
+def _build(
+    engine: Engine, directory: Path, stream: program.StreamProgram, options: Options, track: _Track
+) -> dict[str, Any]:
+    track(f"building {engine.name}")
+    out = _made(directory / bundle.ENGINES / engine.name)
+    return engine.build(directory / bundle.GRAPHS, out, stream.spec, options.profile)
+
+
+def _verify_in_fresh_process(directory: Path, engine: str, reference: Path, options: Options) -> dict[str, Any]:
+    """The parity report of what was written, made by a process that has only what was written."""
+    command = [sys.executable, "-m", "mscompile.cli", "validate", str(directory), "--engine", engine]
+    command += ["--reference", str(reference), "--family", options.family, "--steps", str(options.steps)]
+    command += ["--json", "--unfinished"] + (["--tokens", str(options.text)] if options.text else [])
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        report: dict[str, Any] = json.loads(ended.stdout)["reports"][0]
+    except (ValueError, KeyError, IndexError) as error:
+        raise MsCompileError(
+            f"the process that verifies {engine} ended with code {ended.returncode}: {ended.stderr.strip()[-500:]}"
+        ) from error
+    if report["failures"]:
+        raise GateFailed(f"{engine} is not the original model: {report['failures'][0]}; no bundle was written")
+    return report
+
+
+def read_text(path: Path | None, vocab: tuple[str, ...]) -> Array | None:
+    """Token ids of a text file, for rollouts on real text."""
+    tokenizer = _tokenizer(vocab)
+    if path is None:
+        return None
+    if tokenizer is None:
+        raise UsageError("--tokens needs a model whose vocabulary is one character a token")
+    try:
+        return tokenizer.encode(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the text {path}: {error}") from error
+
+
+def _tokenizer(vocab: tuple[str, ...]) -> Tokenizer | None:
+    return Tokenizer("char", vocab) if vocab and all(len(token) == 1 for token in vocab) else None
+
+
+def _source(path: Path, trained: checkpoint.Checkpoint) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    parameters = sum(parameter.numel() for parameter in trained.model.parameters())
+    return {"sha256": digest, "parameters": parameters, "config": asdict(trained.model.config)}
+
+
+def _made(directory: Path) -> Path:
+    directory.mkdir(parents=True)
+    return directory

@@ -1,0 +1,89 @@
+"""What must hold inside a StreamSpec, so that a host can follow it without looking twice."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+from mscompile.contracts import BATCH, CHUNK, GraphSpec, Schedule, StateSpec, StreamSpec, TensorSpec
+
+DTYPES = ("bool", *("int8", "int16", "int32", "int64", "uint8"), *("float16", "float32", "float64"))
+
+
+def spec_fault(spec: StreamSpec) -> str | None:
+    """The first contradiction in `spec`, as part of a sentence; None if there is none."""
+    return next(_faults(spec), None)
+
+
+def name_fault(what: str, name: str) -> str | None:
+    """Why `name` cannot be part of a file name on every system; None if it can."""
+    odd = name in ("", ".", "..") or any(character in '/\\:*?"<>|' or not character.isprintable() for character in name)
+    return f"{what} name {name!r} cannot be used in a file name" if odd else None
+
+
+def _faults(spec: StreamSpec) -> Iterator[str]:
+    graphs, states = [graph.name for graph in spec.graphs], [state.name for state in spec.states]
+    for what, names in (("graph", graphs), ("state", states)):
+        yield from (f"two {what}s are named {name!r}" for name, count in Counter(names).items() if count > 1)
+        yield from (fault for name in names if (fault := name_fault(what, name)))
+    if min(spec.vocab_size, spec.max_batch, 1 if spec.max_context is None else spec.max_context) < 1:
+        yield "vocab_size, max_batch and max_context must be at least 1"
+    for state in spec.states:
+        yield from _state_faults(state)
+    for graph in spec.graphs:
+        yield from _graph_faults(graph, spec.states)
+    yield from _schedule_faults(spec.schedule, graphs)
+
+
+def _state_faults(state: StateSpec) -> Iterator[str]:
+    yield from _tensor_faults(f"state {state.name!r}", TensorSpec(state.name, state.dtype, state.shape))
+    if not 0 <= state.batch_axis < len(state.shape) or state.shape[state.batch_axis] != BATCH:
+        yield f"state {state.name!r} has batch_axis {state.batch_axis}, where its shape {state.shape} has no {BATCH!r}"
+    if [dim for dim in state.shape if isinstance(dim, str)] != [BATCH]:
+        yield f"state {state.name!r} has shape {state.shape}, which must be fixed but for {BATCH!r}"
+    if (state.update == "append") != (state.time_axis is not None):
+        yield f"state {state.name!r} is {state.update!r} with time_axis {state.time_axis}"
+    if state.time_axis is not None and (
+        not 0 <= state.time_axis < len(state.shape) or state.time_axis == state.batch_axis
+    ):
+        yield f"state {state.name!r} has time_axis {state.time_axis}, which its shape {state.shape} lacks"
+
+
+def _graph_faults(graph: GraphSpec, states: tuple[StateSpec, ...]) -> Iterator[str]:
+    where = f"graph {graph.name!r}"
+    known = {state.name: state for state in states}
+    for verb, names in (("reads", graph.reads), ("writes", graph.writes)):
+        yield from (f"{where} {verb} state {name!r}, which does not exist" for name in names if name not in known)
+        yield from (f"{where} {verb} state {name!r} twice" for name, count in Counter(names).items() if count > 1)
+    inputs, outputs = [tensor.name for tensor in graph.inputs], [tensor.name for tensor in graph.outputs]
+    yield from _missing(where, "input", inputs, (known[name].input_name for name in graph.reads if name in known))
+    yield from _missing(where, "output", outputs, (known[name].output_name for name in graph.writes if name in known))
+    for tensor in (*graph.inputs, *graph.outputs):
+        yield from _tensor_faults(f"{where}, tensor {tensor.name!r},", tensor)
+    if graph.tokens not in (0, 1, CHUNK):
+        yield f"{where} consumes {graph.tokens!r} tokens, not 0, 1 or {CHUNK!r}"
+
+
+def _missing(where: str, what: str, names: list[str], wanted: Iterable[str]) -> Iterator[str]:
+    yield from (f"{where} has {what} {name!r} twice" for name, count in Counter(names).items() if count > 1)
+    yield from (f"{where} lacks {what} {name!r}" for name in wanted if name not in names)
+
+
+def _tensor_faults(where: str, tensor: TensorSpec) -> Iterator[str]:
+    if tensor.dtype not in DTYPES:
+        yield f"{where} has dtype {tensor.dtype!r}, not one of {', '.join(DTYPES)}"
+    for dim in tensor.shape:
+        word, slash, divisor = str(dim).partition("/")
+        named = dim == BATCH or (word == CHUNK and (not slash or (divisor.isdecimal() and int(divisor) > 0)))
+        if not (named or (isinstance(dim, int) and dim >= 0)):
+            yield f"{where} has dimension {dim!r}, not a size, {BATCH!r}, {CHUNK!r} or '{CHUNK}/k'"
+
+
+def _schedule_faults(schedule: Schedule, graphs: list[str]) -> Iterator[str]:
+    if not schedule.ticks or min(tick.repeat for tick in schedule.ticks) < 1:
+        yield "the schedule must have ticks, each repeated at least once"
+    prefill = () if schedule.prefill is None else (schedule.prefill,)
+    used = (*(name for tick in schedule.ticks for name in (*tick.graphs, *tick.closing)), *prefill)
+    yield from (f"the schedule runs graph {name!r}, which does not exist" for name in used if name not in graphs)
+    if prefill and not 1 <= schedule.chunk_multiple <= schedule.max_chunk:
+        yield f"the schedule has chunk_multiple {schedule.chunk_multiple} and max_chunk {schedule.max_chunk}"

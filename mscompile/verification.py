@@ -1,0 +1,58 @@
+"""A bundle's engine rolled out against the original checkpoint. Needs torch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+from engines.session import StreamSession
+from engines.torch_eager import original
+from exporters import program
+from mscompile import checkpoint
+from mscompile.errors import UsageError
+from mscompile.pipeline import read_text
+from mscompile.runtime import Bundle
+from validation import parity, rollouts
+from validation.parity import ParityReport
+
+
+def verify_against(
+    bundle: Bundle,
+    engine: str,
+    reference: Path,
+    family: str = "auto",
+    text: Path | None = None,
+    steps: int = 2048,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> ParityReport:
+    """Chained rollouts of `engine` against the checkpoint the bundle was made from.
+
+    Raises UsageError where `reference` is another checkpoint.
+    """
+    trained = checkpoint.load(reference, family)
+    with reference.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != bundle.manifest.source["sha256"]:
+        raise UsageError(f"{reference} is not the checkpoint that {bundle.path} was made from: its sha256 differs")
+    spec, profile = bundle.spec, bundle.manifest.profile
+    stream = program.build(trained.model, profile, spec.max_context)
+    plan = bundle.plan(engine)
+    chosen = rollouts.standard(spec, read_text(text, trained.vocab), steps)
+    total, done = sum(rollout.tokens.size for rollout in chosen), 0
+
+    def consumed(tokens: int) -> None:
+        nonlocal done
+        done += tokens
+        progress(f"rolling out {engine}", done, total)
+
+    return parity.check(
+        engine,
+        bundle.manifest.precision,
+        spec,
+        plan.session,
+        original(trained.model),
+        lambda batch: StreamSession(stream.spec, program.EagerExecutor(stream), batch),
+        chosen,
+        consumed,
+    )

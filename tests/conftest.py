@@ -1,0 +1,37 @@
+"""One torch thread, hypothesis profiles, and tests marked `slow` only with --slow."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+sys.path.insert(0, str(Path(__file__).parent))  # import-mode=importlib leaves it out; tests import `cases`
+torch.set_num_threads(1)
+
+_COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}
+settings.register_profile("quick", max_examples=15, **_COMMON)
+settings.register_profile("ci", max_examples=15, derandomize=True, **_COMMON)
+settings.register_profile("slow", max_examples=300, **_COMMON)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run tests marked slow, and more property examples")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    quick = "ci" if os.environ.get("CI") else "quick"
+    settings.load_profile("slow" if config.getoption("--slow") else quick)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--slow"):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]

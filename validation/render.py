@@ -1,0 +1,95 @@
+"""Reports as tables for a terminal. The reports themselves are the source; nothing is computed here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from validation.latency import Latency, ScheduleGain
+from validation.parity import ParityReport, TensorParity
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+def parity_table(report: ParityReport) -> Table:
+    """One line a rollout: its logits, and the state that is furthest off."""
+    verdict = "[green]passed[/]" if report.passed else "[red]failed[/]"
+    table = Table(title=f"parity of {report.engine}, {report.precision}: {verdict}", title_justify="left")
+    table.add_column("rollout", no_wrap=True)
+    for column in ("tokens", "max abs logit", "argmax", "KL, nats", "bits/token", "worst state"):
+        table.add_column(column, justify="right")
+    for name in dict.fromkeys(tensor.rollout for tensor in report.tensors):
+        table.add_row(name, *_rollout_cells([tensor for tensor in report.tensors if tensor.rollout == name]))
+    return table
+
+
+def _rollout_cells(tensors: Sequence[TensorParity]) -> list[str]:
+    logits = next(tensor for tensor in tensors if tensor.tensor == "logits")
+    states = [tensor for tensor in tensors if tensor.tensor != "logits"]
+    worst = max(states, key=lambda tensor: tensor.max_abs, default=None)
+    bits = "" if logits.engine_bits is None else f"{logits.engine_bits:.4f} ({logits.reference_bits:.4f})"
+    return [
+        f"{logits.tokens:,}",
+        f"{logits.max_abs:.1e}",
+        f"{100 * (logits.argmax_agreement or 0):.2f} %",
+        f"{logits.kl:.1e}",
+        bits,
+        f"{worst.max_abs:.1e} {worst.tensor}" if worst else "",
+    ]
+
+
+def latency_table(latencies: Sequence[Latency], title: str) -> Table:
+    """One line an engine and workload; the ratio is to the first engine of that workload."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("workload", no_wrap=True)
+    table.add_column("engine", no_wrap=True)
+    for column in ("ms a step", "p95", "least", "tokens/s", "speed-up"):
+        table.add_column(column, justify="right")
+    first: dict[str, float] = {}
+    for row in latencies:
+        base = first.setdefault(row.workload, row.ms_per_step)
+        table.add_row(
+            row.workload,
+            "original" if row.engine == "torch" else row.engine,
+            f"{row.ms_per_step:.3f}",
+            f"{row.p95_ms:.3f}",
+            f"{row.min_ms:.3f}",
+            f"{row.tokens_per_second:,.0f}",
+            f"{base / row.ms_per_step:.1f}x",
+        )
+    return table
+
+
+def gain_lines(latencies: Sequence[Latency], gains: Mapping[str, ScheduleGain]) -> list[str]:
+    """What the schedule of a multi-rate model saves, predicted and measured."""
+    lines = []
+    for row in latencies:
+        if gain := gains.get(f"{row.engine} {row.workload}"):
+            ticks = ", ".join(f"{name} {ms:.3f} ms" for name, ms in row.ms_by_graph.items())
+            lines.append(
+                f"{row.engine} {row.workload}: {ticks}; running scales only when due saves {gain.measured:.2f}x "
+                f"(its operations predict {gain.predicted:.2f}x)"
+            )
+    return lines
+
+
+def fields_table(title: str, fields: Mapping[str, object]) -> RenderableType:
+    """Two columns: what, and its value."""
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    for name, value in fields.items():
+        table.add_row(name, str(value))
+    return table
+
+
+def rows_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    return table
