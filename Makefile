@@ -23,11 +23,13 @@ demo: $(READY)
 	$(BIN)/python examples/demo.py
 
 # One compute thread a test process: two processes of several threads each would wait for one another.
-test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
+
+test: quick
+	$(PYTEST) --slow -m slow
 
 quick: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) -m "not slow"
+	$(PYTEST)
 
 lint: $(READY)
 	$(BIN)/ruff check .

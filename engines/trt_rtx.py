@@ -32,7 +32,7 @@ class TensorRTForRTX:
         if here not in known:
             return (
                 f"TensorRT for RTX runs FP32 engines on {', '.join(known)} and this GPU is {here}; "
-                "the engines 'trt' and 'ort' run on this machine"
+                "use the engine 'trt' or 'ort'"
             )
         return None
 
@@ -47,7 +47,7 @@ def targets(runtime: tensorrt.Runtime) -> tuple[str, ...]:
     """The compute capabilities that engines are built for: all that FP32 graphs build for.
 
     An engine runs on no others. Leaving one out saves nothing: kernels are compiled on the user's machine, so
-    a graph of 79 MB of weights gives 80.6 MB in half a second for one target as for five.
+    a graph of 79 MB of weights gives an engine of 80.6 MB in about a second for one target as for five.
     """
     return tuple(name for name in runtime.ComputeCapability.__members__ if name not in _NO_TARGETS)
 

@@ -14,6 +14,8 @@ Refuses where no context length bounds the memory.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -21,43 +23,65 @@ from exporters.stream import Call, Scope, StreamModule, TypeRule
 from mscompile.models.relative import Keys, RelativeAttention, attend
 
 
+@dataclass(frozen=True)
+class Cadence:
+    """How fast rows come: a query row every `query` tokens, `keys` key rows together every `key` tokens."""
+
+    query: int
+    key: int
+    keys: int = 1
+
+
 class CachedAttention(StreamModule):
-    def __init__(self, module: RelativeAttention, scope: Scope, rows: int) -> None:
+    def __init__(self, module: RelativeAttention, scope: Scope, cadence: Cadence) -> None:
         super().__init__()
-        self.module = module
-        self.capacity = rows
+        self.module, self.cadence = module, cadence
+        self.capacity = scope.rows(cadence.key) * cadence.keys
         geometry = module.geometry
-        last_query = (rows * geometry.key_step - 1) // geometry.query_step
+        last_query = (self.capacity * geometry.key_step - 1) // geometry.query_step
         self.table_size = geometry.table_size(last_query)
-        shape = (module.n_head, rows, module.d_head)
+        shape = (module.n_head, self.capacity, module.d_head)
         self.key = scope.state("key", *shape, update="append", time_axis=2)
         self.value = scope.state("value", *shape, update="append", time_axis=2)
         self.own_states = (self.key, self.value)
 
-    def forward(self, x: Tensor, rows: Tensor | None, call: Call, first_query: Tensor, first_key: Tensor) -> Tensor:
-        """x (B, T, d) attends to the remembered key rows and to `rows` (B, S_new, d), where there are any.
+    def forward(self, x: Tensor, rows: Tensor | None, call: Call) -> Tensor:
+        """x (B, T, d) attends to the remembered key rows and to new `rows` (B, S, d), where there are any.
 
-        `first_query` (B,) numbers the first query row, `first_key` the first new key row, which is also how
-        many are remembered. New rows begin where queries do: n(first_query, first_key) = offset.
+        New key rows begin where the queries of their call do: n of the first pair is the geometry's offset.
         """
         module, geometry = self.module, self.module.geometry
-        queries = torch.arange(x.shape[1], device=x.device)
-        slots = torch.arange(self.capacity, device=x.device)
-        index = geometry.index((first_query[:, None] + queries[None, :])[:, :, None], slots[None, None, :])
-        written = slots[None, None, :] < first_key[:, None, None]
+        where = (geometry, self.cadence)
+        index, written = call.once(("remembered", where), lambda: self._remembered(x, call))
         runs = [Keys(call.read(self.key), call.read(self.value), index, written)]
         if rows is not None:
             key, value = module.heads(module.key(rows)), module.heads(module.value(rows))
             call.write(self.key, key)
             call.write(self.value, value)
-            new = geometry.index(queries[:, None], torch.arange(rows.shape[1], device=x.device)[None, :])[None]
-            runs.append(Keys(key, value, new, geometry.visible(new)))
-        table = module.table(geometry.distances(self.table_size, x.device))
-        return module.merge(attend(module.heads(module.query(x)), runs, table, call.biases))
+            index, visible = call.once(("new", where), lambda: self._new(x, rows))
+            runs.append(Keys(key, value, index, visible))
+        encoded = call.once(
+            ("positions", where), lambda: module.encode(geometry.distances(self.table_size, x.device))
+        )
+        return module.merge(attend(module.heads(module.query(x)), runs, module.table(encoded), call.biases))
+
+    def _remembered(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        """Table entries (B, T, capacity) of the slots, and which of them are written, (B, 1, capacity)."""
+        first_query = call.rows_before(self.cadence.query)
+        count = call.rows_before(self.cadence.key) * self.cadence.keys
+        queries = first_query[:, None] + torch.arange(x.shape[1], device=x.device)[None, :]
+        slots = torch.arange(self.capacity, device=x.device)[None, None, :]
+        return self.module.geometry.index(queries[:, :, None], slots), slots < count[:, None, None]
+
+    def _new(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Table entries and visibility (1, T, S) of the rows of this call."""
+        queries = torch.arange(x.shape[1], device=x.device)[:, None]
+        index = self.module.geometry.index(queries, torch.arange(rows.shape[1], device=x.device)[None, :])[None]
+        return index, self.module.geometry.visible(index)
 
 
 def _build(module: RelativeAttention, scope: Scope) -> StreamModule:
-    return CachedAttention(module, scope, scope.rows(scope.factor))
+    return CachedAttention(module, scope, Cadence(scope.factor, scope.factor))
 
 
 RULE = TypeRule(

@@ -33,16 +33,19 @@ class _RecurrentLayer(StreamModule):
     def attend(self, h: Tensor, context: Tensor, index: Tensor, visible: Tensor, reach: int, call: Call) -> Tensor:
         """The layer's output for the last rows of `context`, which are those of h."""
         attention = self.layer.attention
-        distances = attention.geometry.distances(reach, h.device)
         rows = self.layer.attention_input(context)
         key, value = attention.heads(attention.key(rows)), attention.heads(attention.value(rows))
         query = attention.heads(attention.query(rows[:, context.shape[1] - h.shape[1] :]))
-        if call.single and index.shape[0] == 1:  # one query sees one distance a key: no shift is needed
-            table = attention.table(distances[index[0, 0].clamp(0, reach - 1)])
-            keys = Keys(key, value, None, visible)
-        else:
-            table, keys = attention.table(distances), Keys(key, value, index, visible)
-        return self.layer.combine(h, attention.merge(attend(query, [keys], table, call.biases)))
+        aligned = call.single and index.shape[0] == 1  # one query sees one distance a key: no shift is needed
+        encoded = call.once("positions", lambda: self._positions(index if aligned else None, reach))
+        keys = Keys(key, value, None if aligned else index, visible)
+        return self.layer.combine(h, attention.merge(attend(query, [keys], attention.table(encoded), call.biases)))
+
+    def _positions(self, index: Tensor | None, reach: int) -> Tensor:
+        """Sinusoids of all distances, or of the distance of each key."""
+        attention = self.layer.attention
+        distances = attention.geometry.distances(reach, attention.query.weight.device)
+        return attention.encode(distances if index is None else distances[index[0, 0].clamp(0, reach - 1)])
 
 
 class RollingLayer(_RecurrentLayer):
@@ -59,13 +62,17 @@ class RollingLayer(_RecurrentLayer):
         remembered = self.window - 1
         context = torch.cat([call.read(self.mems), h], dim=1)
         call.write(self.mems, context[:, -remembered:])
-        queries = torch.arange(h.shape[1], device=h.device)[:, None] + remembered
-        keys = torch.arange(context.shape[1], device=h.device)
-        geometry = self.layer.attention.geometry
-        index = geometry.index(queries, keys[None, :])[None]
-        filled = keys[None, :] >= remembered - call.position[:, None]
-        visible = geometry.visible(index) & filled[:, None, :]
+        index, visible = call.once("keys", lambda: self._keys(h, call))
         return self.attend(h, context, index, visible, self.window, call)
+
+    def _keys(self, h: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        """Table entries (1, T, S) of [mems ; h], and what each row sees of them, (B, T, S)."""
+        remembered, geometry = self.window - 1, self.layer.attention.geometry
+        queries = torch.arange(h.shape[1], device=h.device)[:, None] + remembered
+        keys = torch.arange(remembered + h.shape[1], device=h.device)[None, :]
+        index = geometry.index(queries, keys)[None]
+        filled = keys >= remembered - call.position[:, None]
+        return index, geometry.visible(index) & filled[:, None, :]
 
 
 class SegmentLayer(_RecurrentLayer):
@@ -80,6 +87,11 @@ class SegmentLayer(_RecurrentLayer):
         """(B, T, d) -> (B, T, d)."""
         context = torch.cat([call.read(self.mems), call.read(self.segment), h], dim=1)
         call.write(self.segment, h)
+        index, visible = call.once("keys", lambda: self._keys(h, call))
+        return self.attend(h, context, index, visible, self.mem_len + self.tgt_len, call)
+
+    def _keys(self, h: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+        """Table entries of [mems ; segment ; h] and what each row sees of them, (B, T, S) both."""
         phase = (call.position % self.tgt_len)[:, None]  # tokens of this segment before the call, (B, 1)
         new = torch.arange(h.shape[1], device=h.device)
         old = torch.arange(self.mem_len + self.tgt_len, device=h.device)
@@ -90,7 +102,7 @@ class SegmentLayer(_RecurrentLayer):
         written = torch.cat([filled, (new >= 0)[None, :].expand(phase.shape[0], -1)], dim=1)
         index = self.layer.attention.geometry.index(queries, keys[:, None, :])
         visible = self.layer.attention.geometry.visible(index) & written[:, None, :]
-        return self.attend(h, context, index, visible, self.mem_len + self.tgt_len, call)
+        return index, visible
 
     def close(self, call: Call) -> None:
         """End a segment of tgt_len tokens."""

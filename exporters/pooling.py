@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from exporters.attention import CachedAttention
+from exporters.attention import Cadence, CachedAttention
 from exporters.stream import Call, Scope, StreamModule, TypeRule
 from mscompile.models.hourglass import Shortening
 
@@ -29,8 +29,8 @@ class StreamShortening(StreamModule):
         self.own_states = (self.recent,)
         self.attention: CachedAttention | None = None
         if module.refinement is not None:
-            rows = scope.rows(self.coarse_factor) * self.group
-            self.attention = CachedAttention(module.refinement.attention, scope, rows)
+            cadence = Cadence(self.coarse_factor, self.coarse_factor, self.group)
+            self.attention = CachedAttention(module.refinement.attention, scope, cadence)
 
     def forward(self, x: Tensor, call: Call) -> Tensor | None:
         """Fine rows (B, T, d) -> the coarse rows that begin in this call (B, G, d), None where none is due."""
@@ -44,9 +44,7 @@ class StreamShortening(StreamModule):
             return pooled
         rows = self.module.rows_norm(shifted)
         query = self.module.pooled_norm(self.module.pooling(rows))
-        first = call.rows_before(self.coarse_factor)
-        attended = self.attention(query, rows, call, first_query=first, first_key=first * self.group)
-        return self.module.refinement.finish(query, attended)
+        return self.module.refinement.finish(query, self.attention(query, rows, call))
 
 
 def _build(module: Shortening, scope: Scope) -> StreamModule:

@@ -15,12 +15,12 @@ from mscompile.models.hourglass import Block, Level, Stack, Valley
 class StreamBlock(StreamModule):
     def __init__(self, block: Block, scope: Scope) -> None:
         super().__init__()
-        self.block, self.factor = block, scope.factor
+        self.block = block
         self.attention = scope.stream(block.attention, "attention")
 
     def forward(self, x: Tensor, call: Call) -> Tensor:
-        rows, first = self.block.attention_norm(x), call.rows_before(self.factor)
-        return self.block.finish(x, self.attention(rows, rows, call, first, first))
+        rows = self.block.attention_norm(x)
+        return self.block.finish(x, self.attention(rows, rows, call))
 
 
 class StreamStack(StreamModule):

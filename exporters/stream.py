@@ -7,9 +7,9 @@ the chunking properties are tested in FP64, and are traced into ONNX graphs as t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from mscompile.contracts import BATCH, Hit, StateSpec
 from mscompile.errors import Refusal
 from mscompile.models.relative import Biases
 
+T = TypeVar("T")
 Update = Literal["replace", "append"]
 
 
@@ -91,12 +92,22 @@ class Call:
         self.single = single
         self.due = due
         self._states = states
+        self._shared: dict[Hashable, Any] = {}
         self.reads: set[str] = set()
         self.written: dict[str, Tensor] = {}
 
+    def once(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """What several modules of one call need, computed by the first of them."""
+        if key not in self._shared:
+            self._shared[key] = compute()
+        value: T = self._shared[key]
+        return value
+
     def rows_before(self, factor: int) -> Tensor:
         """Rows of `factor` tokens that began before this call, (B,)."""
-        return self.position if factor == 1 else (self.position + factor - 1) // factor
+        if factor == 1:
+            return self.position
+        return self.once(factor, lambda: (self.position + factor - 1) // factor)
 
     def read(self, state: StateSpec) -> Tensor:
         self.reads.add(state.name)

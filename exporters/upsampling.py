@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from exporters.attention import CachedAttention
+from exporters.attention import Cadence, CachedAttention
 from exporters.stream import Call, Scope, StreamModule, TypeRule
 from mscompile.models.hourglass import RepeatExpansion, Upsampling
 
@@ -27,8 +27,8 @@ class StreamUpsampling(StreamModule):
         self.own_states = (self.expansion,)
         self.attention: CachedAttention | None = None
         if module.refinement is not None:
-            rows = scope.rows(self.coarse_factor)
-            self.attention = CachedAttention(module.refinement.attention, scope, rows)
+            cadence = Cadence(self.factor, self.coarse_factor)
+            self.attention = CachedAttention(module.refinement.attention, scope, cadence)
 
     def forward(self, coarse: Tensor | None, x: Tensor, call: Call) -> Tensor:
         """New coarse rows (B, G, d), None where none is due, and fine rows (B, T, d) -> (B, T, d)."""
@@ -38,8 +38,7 @@ class StreamUpsampling(StreamModule):
         if refinement is None or self.attention is None:
             return expanded
         query = self.module.expanded_norm(expanded) + x
-        first_query, first_key = call.rows_before(self.factor), call.rows_before(self.coarse_factor)
-        return refinement.finish(query, self.attention(query, rows, call, first_query, first_key))  # type: ignore[no-any-return]
+        return refinement.finish(query, self.attention(query, rows, call))
 
     def _expanded(self, rows: Tensor | None, call: Call) -> Tensor:
         if rows is not None:

@@ -311,8 +311,7 @@ def _reports(bundle: Bundle) -> list[ParityReport]:
 def _print(renderable: Any) -> None:
     from rich.console import Console
 
-    console = Console()
-    Console(width=max(console.width, 100) if not console.is_terminal else None).print(renderable)
+    Console(width=None if sys.stdout.isatty() else 120).print(renderable)
 
 
 def _print_json(value: Any) -> None:

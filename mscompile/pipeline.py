@@ -23,7 +23,7 @@ from exporters import check, cost, export, program, weights
 from exporters.passes.table import PASSES
 from mscompile import bundle, checkpoint
 from mscompile.atomic import writing
-from mscompile.contracts import Array, Engine, Hit, Profile
+from mscompile.contracts import Array, Engine, Hit, Profile, Snapshot, StreamSpec
 from mscompile.errors import EngineUnavailable, GateFailed, MsCompileError, UsageError
 from mscompile.golden import Golden
 from mscompile.golden import Rollout as GoldenRollout
@@ -176,9 +176,19 @@ def _golden(stream: program.StreamProgram, trained: checkpoint.Checkpoint, text:
         stepped = StreamSession(stream.spec, program.EagerExecutor(stream), batch)
         stepped.step(rollout.tokens)
         chunks = np.array(rollout.chunks, dtype=np.int64)
-        states = dict(stepped.state().states)
+        states = _written(stream.spec, stepped.state())
         recorded.append(GoldenRollout(rollout.name, rollout.tokens, chunks, full(rollout.tokens), states))
     return Golden(tuple(recorded))
+
+
+def _written(spec: StreamSpec, snapshot: Snapshot) -> dict[str, Array]:
+    """The states, appended ones without the rows that were never written."""
+    states = dict(snapshot.states)
+    for state in spec.states:
+        if state.time_axis is not None:
+            rows = np.arange(min(int(snapshot.cursors[state.name].max()), states[state.name].shape[state.time_axis]))
+            states[state.name] = states[state.name].take(rows, axis=state.time_axis)
+    return states
 
 
 def _build(

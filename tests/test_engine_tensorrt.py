@@ -457,7 +457,7 @@ def test_a_gpu_that_rtx_does_not_know_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(tensorrt.Library, "cuda", lambda _: None)
     assert trt_rtx.ENGINE.cannot_run() == (
         "TensorRT for RTX runs FP32 engines on SM80, SM86, SM89, SM120, SM121 and this GPU is SM90; "
-        "the engines 'trt' and 'ort' run on this machine"
+        "use the engine 'trt' or 'ort'"
     )
 
 

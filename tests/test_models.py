@@ -448,8 +448,8 @@ IMPOSSIBLE = [
     (
         _xl(memlen=3),
         (
-            "transformer-xl has no setting memlen; it has clamp_len, d_head, d_inner, d_model, dropout, mem_len, n_head, "
-            "n_layer, pre_norm, same_length, tgt_len, tie_embedding, vocab_size"
+            "transformer-xl has no setting memlen; it has clamp_len, d_head, d_inner, d_model, dropout, mem_len, "
+            "n_head, n_layer, pre_norm, same_length, tgt_len, tie_embedding, vocab_size"
         ),
     ),
 ]

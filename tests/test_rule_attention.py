@@ -101,7 +101,7 @@ def _in_chunks(module: RelativeAttention, x: Tensor, chunks: list[int], garbage:
         first = torch.full((x.shape[0],), done)
         call = Call(first, states, biases, single=length == 1, due=lambda _: True)
         rows = x[:, done : done + length]
-        out.append(streaming(rows, rows, call, first, first))
+        out.append(streaming(rows, rows, call))
         for name, new in call.written.items():
             states[name][:, :, done : done + length] = new
         done += length

@@ -274,6 +274,8 @@ def test_rows_out_of_phase_run_each_distinct_tick_once_and_keep_only_their_own_r
     ]  # fmt: skip
     assert session.state().states["closed"].tolist() == [5, -1, 13]
     assert session.state().states["total"].tolist() == [[5, 7, 13]]
+    assert session.state().states["ring"].tolist() == [[1, 1, 1, 2], [3, 4, 0, 0], [1, 1, 5, 6]]
+    assert session.state().cursors["ring"].tolist() == [4, 2, 4]
     assert session.position.tolist() == [4, 2, 4]
 
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mscompile.contracts import Array, Session, StreamSpec
+from mscompile.contracts import Array, Session, StateSpec, StreamSpec
 from mscompile.errors import GateFailed
 from validation.rollouts import Rollout
 
@@ -250,7 +250,7 @@ def _run(
         progress(batch * chunk)
         if done == length or (rollout.every_state and program is not None):
             wanted = program.state().states if program is not None else final_states or {}
-            fault = _add_states(engine, wanted, named, batch * chunk, f"after chunk {number}, token {done}")
+            fault = _add_states(engine, spec, wanted, named, batch * chunk, f"after chunk {number}, token {done}")
             if fault:
                 return [], [f"{rollout.name}: {fault}"]
     tensors = [logits.summary(rollout.name, "logits", **statistics.extra(rollout.is_text))]
@@ -264,14 +264,32 @@ def _run(
 
 
 def _add_states(
-    engine: Session, wanted: Mapping[str, Array], named: dict[str, _Comparison], tokens: int, when: str
+    engine: Session,
+    spec: StreamSpec,
+    wanted: Mapping[str, Array],
+    named: dict[str, _Comparison],
+    tokens: int,
+    when: str,
 ) -> str | None:
     found = engine.state().states
     if found.keys() != wanted.keys():
-        return f"states differ: missing {sorted(wanted.keys() - found.keys())}, extra {sorted(found.keys() - wanted.keys())}"
+        missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+        return f"states differ: missing {missing}, extra {extra}"
     for name, comparison in named.items():
-        comparison.add(found[name], wanted[name], tokens, lambda index: f"{when}, element {list(index)}")
+        value = written_rows(spec.state(name), found[name], wanted[name])
+        if value.shape != wanted[name].shape:
+            return f"{name} has shape {value.shape}, wanted {wanted[name].shape}"
+        comparison.add(value, wanted[name], tokens, lambda index: f"{when}, element {list(index)}")
     return None
+
+
+def written_rows(state: StateSpec, value: Array, like: Array) -> Array:
+    """As many leading rows of an appended state as `like` has: golden states end where writing did."""
+    if state.time_axis is None or value.ndim != like.ndim:
+        return value
+    index = [slice(None)] * value.ndim
+    index[state.time_axis] = slice(like.shape[state.time_axis])
+    return value[tuple(index)]
 
 
 def _logit_place(rollout: Rollout, spec: StreamSpec, before: Array, chunk: int) -> Callable[[tuple[int, ...]], str]:

@@ -19,8 +19,9 @@ def parity_table(report: ParityReport) -> Table:
     verdict = "[green]passed[/]" if report.passed else "[red]failed[/]"
     table = Table(title=f"parity of {report.engine}, {report.precision}: {verdict}", title_justify="left")
     table.add_column("rollout", no_wrap=True)
-    for column in ("tokens", "max abs logit", "argmax", "KL, nats", "bits/token", "worst state"):
-        table.add_column(column, justify="right")
+    for column in ("tokens", "max error", "argmax", "KL, nats", "bits (original)"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("worst state", overflow="fold")
     for name in dict.fromkeys(tensor.rollout for tensor in report.tensors):
         table.add_row(name, *_rollout_cells([tensor for tensor in report.tensors if tensor.rollout == name]))
     return table

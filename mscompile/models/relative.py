@@ -133,9 +133,12 @@ class RelativeAttention(nn.Module):
         merged: Tensor = self.output(mixed.transpose(1, 2).flatten(-2))
         return merged
 
-    def table(self, distance: Tensor) -> Tensor:
-        """Position keys `W_r sinusoid(distance)`: (D,) -> (H, D, d_head)."""
-        encoded = sinusoid(distance, self.position.in_features, self.position.weight.dtype)
+    def encode(self, distance: Tensor) -> Tensor:
+        """Signed distances (D,) -> sinusoids (D, d_model), the same for every layer."""
+        return sinusoid(distance, self.position.in_features, self.position.weight.dtype)
+
+    def table(self, encoded: Tensor) -> Tensor:
+        """Position keys W_r R: sinusoids (D, d_model) -> (H, D, d_head)."""
         return self.heads(self.position(encoded)[None])[0]
 
     def forward(self, x: Tensor, context: Tensor, biases: Biases, query_start: int = 0) -> Tensor:
@@ -143,5 +146,6 @@ class RelativeAttention(nn.Module):
         query_rows = torch.arange(query_start, query_start + rows, device=x.device)
         index = geometry.index(query_rows[:, None], torch.arange(columns, device=x.device)[None, :])[None]
         keys = Keys(self.heads(self.key(context)), self.heads(self.value(context)), index, geometry.visible(index))
-        table = self.table(geometry.distances(geometry.table_size(query_start + rows - 1), x.device))
+        distances = geometry.distances(geometry.table_size(query_start + rows - 1), x.device)
+        table = self.table(self.encode(distances))
         return self.merge(attend(self.heads(self.query(x)), [keys], table, biases))
