@@ -1,7 +1,7 @@
 # make demo    export both example checkpoints, check parity, compare latency, generate text
 # make test    every test (make quick: without the slow ones)
 # make lint    ruff and mypy
-# make bench   the benchmarks; results go to benchmarks/results/
+# make bench   latency of both example models; results go to benchmarks/results/
 # make clean   remove what these targets made
 # Each target first sets up .venv, which takes some minutes the first time.
 
@@ -40,8 +40,17 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)
-	$(BIN)/python benchmarks/run.py
+EXAMPLES := transformer-xl hourglass
+
+bench: $(EXAMPLES:%=build/%.msc)
+	mkdir -p benchmarks/results
+	for name in $(EXAMPLES); do \
+	    $(BIN)/mscompile bench build/$$name.msc --engine ort --reference examples/$$name.pt --json \
+	        | tee benchmarks/results/$$name.json; \
+	done
+
+build/%.msc: examples/%.pt $(READY)
+	$(BIN)/mscompile export --model $< --target ort --tokens examples/held-out.txt --out $@ --force
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -29,8 +29,16 @@ def devices() -> tuple[str, ...]:
     if status := driver.cuInit(0):
         reason = "sees no GPU" if status == _CUDA_ERROR_NO_DEVICE else f"does not start (error {status})"
         raise EngineUnavailable(f"the NVIDIA driver {reason}")
-    devices = [ask("cuDeviceGet", ordinal) for ordinal in range(ask("cuDeviceGetCount"))]
-    if not devices:
+    found = [ask("cuDeviceGet", ordinal) for ordinal in range(ask("cuDeviceGetCount"))]
+    if not found:
         raise EngineUnavailable("the NVIDIA driver sees no GPU")
-    pairs = [(ask("cuDeviceGetAttribute", _MAJOR, d), ask("cuDeviceGetAttribute", _MINOR, d)) for d in devices]
+    pairs = [(ask("cuDeviceGetAttribute", _MAJOR, d), ask("cuDeviceGetAttribute", _MINOR, d)) for d in found]
     return tuple(f"SM{major}{minor}" for major, minor in pairs)
+
+
+def device_count() -> int:
+    """How many GPUs the driver offers; 0 where there is no driver, or none that works."""
+    try:
+        return len(devices())
+    except EngineUnavailable:
+        return 0

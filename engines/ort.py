@@ -18,7 +18,12 @@ from mscompile.errors import BundleError, EngineError, EngineUnavailable
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 CONFIG = "engine.json"
 
-_TYPES = {"int64": "tensor(int64)", "float32": "tensor(float)", "float64": "tensor(double)", "float16": "tensor(float16)"}
+_TYPES = {
+    "int64": "tensor(int64)",
+    "float32": "tensor(float)",
+    "float64": "tensor(double)",
+    "float16": "tensor(float16)",
+}
 
 
 class OrtPlan:
@@ -133,7 +138,9 @@ def _check(path: Path, kind: str, found: Any, wanted: tuple[TensorSpec, ...]) ->
     interface = {argument.name: (argument.type, tuple(argument.shape)) for argument in found}
     contract = {tensor.name: (_TYPES[tensor.dtype], tensor.shape) for tensor in wanted}
     if interface != contract:
-        differing = sorted(name for name in interface.keys() | contract.keys() if interface.get(name) != contract.get(name))
+        differing = sorted(
+            name for name in interface.keys() | contract.keys() if interface.get(name) != contract.get(name)
+        )
         raise BundleError(f"{path.name}: {kind}s {', '.join(differing)} are not what the manifest says")
 
 

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -61,6 +62,7 @@ class _State:
         axis = self.spec.time_axis
         assert axis is not None
         count, capacity = new.shape[axis], self.value.shape[axis]
+        assert count <= capacity, "a call appends no more rows than the ring holds"
         chosen = np.arange(len(self.cursor)) if rows is None else np.flatnonzero(rows)
         together = rows is None and bool((self.cursor == self.cursor[0]).all())
         for group in [slice(None)] if together else [slice(row, row + 1) for row in chosen]:
@@ -157,7 +159,7 @@ class StreamSession:
 
     def reset(self, rows: Sequence[int] | None = None) -> None:
         """Begin new streams in these rows, all of them by default."""
-        chosen = np.arange(self._batch) if rows is None else np.asarray(rows, dtype=np.int64)
+        chosen = np.arange(self._batch) if rows is None else np.array([operator.index(row) for row in rows], np.int64)
         if chosen.size and (chosen.min() < 0 or chosen.max() >= self._batch):
             raise InputError(f"rows {list(chosen)} are outside this session's batch of {self._batch}")
         for state in self._states.values():
@@ -206,7 +208,9 @@ class StreamSession:
                 inputs[POSITION][...] = self._position
             execute()
             if graph.tokens:
-                logits[...] = outputs[LOGITS] if rows is None else np.where(rows[:, None, None], outputs[LOGITS], logits)
+                logits[...] = (
+                    outputs[LOGITS] if rows is None else np.where(rows[:, None, None], outputs[LOGITS], logits)
+                )
             for written in graph.writes:
                 state = self._states[written]
                 if state.spec.update == "append":
@@ -227,7 +231,9 @@ class StreamSession:
         inputs |= {state.spec.input_name: state.value for state in read}
         swapped = {state.spec.output_name: state.spare for state in written if state.spec.update == "replace"}
         outputs = {
-            tensor.name: swapped[tensor.name] if tensor.name in swapped else np.empty(tensor.concrete(**sizes), tensor.dtype)
+            tensor.name: swapped[tensor.name]
+            if tensor.name in swapped
+            else np.empty(tensor.concrete(**sizes), tensor.dtype)
             for tensor in graph.outputs
         }
         bound = (inputs, outputs, self._executor.bind(graph.name, inputs, outputs))

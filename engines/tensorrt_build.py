@@ -1,4 +1,4 @@
-"""x"""
+"""ONNX graphs -> serialized engines, by either runtime; a network that is not its GraphSpec is refused."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.tensorrt_library import LOG_IN_USE, Library, Native, Runtime, boundary, messages, refusal
-from engines.tensorrt_sidecar import Ranges, described
+from engines.tensorrt_sidecar import Ranges, described, write_sidecar
 from mscompile.contracts import GraphSpec, Profile, StreamSpec, TensorSpec
 from mscompile.errors import EngineError
 
@@ -45,9 +45,12 @@ def build(
             serialized, facts = _build_graph(runtime, source, graph, ranges, configure)
             (out / f"{graph.name}.engine").write_bytes(serialized)
         built[graph.name] = described(graph, ranges) | facts
-    made = {"module": library.module, "version": runtime.__version__, "compute_capabilities": list(capabilities)}
-    sidecar = {"schema": SCHEMA, **made, "ranges": asdict(ranges), "graphs": built}
-    (out / SIDECAR).write_text(json.dumps(sidecar, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    made = {
+        "runtime": library.distribution,
+        "version": runtime.__version__,
+        "compute_capabilities": list(capabilities),
+    }
+    write_sidecar(out, made, ranges, built)
     return {
         **made,
         "size_bytes": {name: row["size_bytes"] for name, row in built.items()},

@@ -1,4 +1,4 @@
-"""x"""
+"""Runs engines on the current CUDA device, for a host whose states lie in ordinary memory."""
 
 from __future__ import annotations
 

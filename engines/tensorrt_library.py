@@ -30,6 +30,11 @@ class Library:
     title: str  # in messages
     extra: str  # of mscompile, which installs it
 
+    @property
+    def distribution(self) -> str:
+        """What pip calls it."""
+        return self.module.replace("_", "-")
+
     def load(self) -> Runtime:
         """The runtime's module; EngineUnavailable where it does not import."""
         try:

@@ -1,4 +1,4 @@
-"""x"""
+"""Engine directory -> plan: what is checked before a GPU sees an engine, and what its sessions share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from engines.session import StreamSession
 from engines.tensorrt_device import DeviceExecutor
 from engines.tensorrt_library import LOG_IN_USE, Cuda, Library, Native, Runtime, boundary, messages, refusal
 from engines.tensorrt_sidecar import Ranges, read_sidecar
-from mscompile.contracts import Session, StreamSpec
+from mscompile.contracts import GraphSpec, Session, StreamSpec
 from mscompile.errors import EngineError, EngineUnavailable, InputError
 
 
@@ -25,7 +25,7 @@ def load(library: Library, built: Path, spec: StreamSpec, cannot_run: str | None
     if runtime.__version__ != sidecar.version:
         raise EngineUnavailable(
             f"these engines were built by {library.title} {sidecar.version} and {runtime.__version__} is installed, "
-            f"which does not read them: pip install '{library.module.replace('_', '-')}=={sidecar.version}' "
+            f"which does not read them: pip install '{library.distribution}=={sidecar.version}' "
             "or export again"
         )
     if here not in sidecar.compute_capabilities:

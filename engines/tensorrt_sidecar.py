@@ -1,4 +1,10 @@
-"""x"""
+"""What an engine directory holds, for every graph of the spec:
+
+    <graph>.engine   the serialized engine; only a machine with a matching GPU can read it
+    engine.json      what it was built from and for, so that everything else can be checked anywhere
+
+Names, types and shapes are those of the network definition before the build, checked against the GraphSpec.
+"""
 
 from __future__ import annotations
 
@@ -58,12 +64,18 @@ def _row(tensor: TensorSpec, ranges: Ranges | None = None) -> dict[str, Any]:
 
 
 def described(graph: GraphSpec, ranges: Ranges) -> dict[str, Any]:
-    """What the sidecar says of a graph before it is built: written by `build`, expected by `read_sidecar`."""
+    """What engine.json says of a graph before it is built: written by `build`, expected by `read_sidecar`."""
     return {
         "file": f"{graph.name}.engine",
         "inputs": [_row(tensor, ranges) for tensor in graph.inputs],
         "outputs": [_row(tensor) for tensor in graph.outputs],
     }
+
+
+def write_sidecar(built: Path, made: Mapping[str, Any], ranges: Ranges, rows: Mapping[str, Any]) -> None:
+    """Write engine.json: `made` says by what and for which GPUs, `rows` has an entry for each graph."""
+    content = {"schema": SCHEMA, **made, "ranges": asdict(ranges), "graphs": rows}
+    (built / SIDECAR).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -81,8 +93,8 @@ def read_sidecar(library: Library, built: Path, spec: StreamSpec) -> Sidecar:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         _expect("schema", SCHEMA, content["schema"])
-        _expect("module", library.module, content["module"])
-        names = {"schema", "module", "version", "compute_capabilities", "ranges", "graphs"}
+        _expect("runtime", library.distribution, content["runtime"])
+        names = {"schema", "runtime", "version", "compute_capabilities", "ranges", "graphs"}
         _expect("fields", sorted(names), sorted(content))
         ranges = Ranges(tuple(content["ranges"]["batch"]), tuple(content["ranges"]["chunk"]))
         promised = Ranges.of(spec, Profile(ranges.batch[0], ranges.batch[2]))

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from engines import tensorrt
+from engines import cuda, tensorrt_build, tensorrt_load
+from engines.tensorrt_library import Library
 from mscompile.contracts import Plan, Profile, StreamSpec
 from mscompile.errors import EngineUnavailable
 
-LIBRARY = tensorrt.Library("tensorrt", "TensorRT", "trt")
+LIBRARY = Library("tensorrt", "TensorRT", "trt")
 _INSTEAD = "use --target trt-rtx, which builds without a GPU, or --target ort, which needs none at all"
 
 
@@ -23,7 +24,7 @@ class TensorRT:
         if reason := LIBRARY.missing():
             return f"{reason}; or {_INSTEAD}"
         try:
-            tensorrt.cuda_devices()
+            cuda.devices()
         except EngineUnavailable as error:
             return f"TensorRT builds on the GPU that will run the engine, and {error}; {_INSTEAD}"
         return None
@@ -34,11 +35,11 @@ class TensorRT:
     def build(self, graphs: Path, out: Path, spec: StreamSpec, profile: Profile) -> dict[str, Any]:
         if reason := self.cannot_build():
             raise EngineUnavailable(reason)
-        here = tensorrt.cuda_devices()[:1]  # kernels are timed on, and chosen for, the current device
-        return tensorrt.build(LIBRARY, graphs, out, spec, profile, here)
+        here = cuda.devices()[:1]  # kernels are timed on, and chosen for, the current device
+        return tensorrt_build.build(LIBRARY, graphs, out, spec, profile, here)
 
     def load(self, graphs: Path, built: Path, spec: StreamSpec) -> Plan:
-        return tensorrt.load(LIBRARY, built, spec, self.cannot_run())
+        return tensorrt_load.load(LIBRARY, built, spec, self.cannot_run())
 
 
 ENGINE = TensorRT()

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from engines import tensorrt
+from engines import cuda, tensorrt_build, tensorrt_load
+from engines.tensorrt_library import Library, Native, Runtime
 from mscompile.contracts import Plan, Profile, StreamSpec
 from mscompile.errors import EngineError
 
-LIBRARY = tensorrt.Library("tensorrt_rtx", "TensorRT for RTX", "trt-rtx")
+LIBRARY = Library("tensorrt_rtx", "TensorRT for RTX", "trt-rtx")
 
 # Members of ComputeCapability that name no target: NONE is unset, CURRENT needs a GPU here. SM75 (Turing) has
 # no FP32 matrix multiplication, so that an FP32 graph does not build for it.
@@ -28,7 +29,7 @@ class TensorRTForRTX:
     def cannot_run(self) -> str | None:
         if reason := LIBRARY.cannot_run():
             return reason
-        here, known = tensorrt.cuda_devices()[0], targets(LIBRARY.load())
+        here, known = cuda.devices()[0], targets(LIBRARY.load())
         if here not in known:
             return (
                 f"TensorRT for RTX runs FP32 engines on {', '.join(known)} and this GPU is {here}; "
@@ -37,13 +38,13 @@ class TensorRTForRTX:
         return None
 
     def build(self, graphs: Path, out: Path, spec: StreamSpec, profile: Profile) -> dict[str, Any]:
-        return tensorrt.build(LIBRARY, graphs, out, spec, profile, targets(LIBRARY.load()), _aim)
+        return tensorrt_build.build(LIBRARY, graphs, out, spec, profile, targets(LIBRARY.load()), _aim)
 
     def load(self, graphs: Path, built: Path, spec: StreamSpec) -> Plan:
-        return tensorrt.load(LIBRARY, built, spec, self.cannot_run())
+        return tensorrt_load.load(LIBRARY, built, spec, self.cannot_run())
 
 
-def targets(runtime: tensorrt.Runtime) -> tuple[str, ...]:
+def targets(runtime: Runtime) -> tuple[str, ...]:
     """The compute capabilities that engines are built for: all that FP32 graphs build for.
 
     An engine runs on no others. Leaving one out saves nothing: kernels are compiled on the user's machine, so
@@ -52,7 +53,7 @@ def targets(runtime: tensorrt.Runtime) -> tuple[str, ...]:
     return tuple(name for name in runtime.ComputeCapability.__members__ if name not in _NO_TARGETS)
 
 
-def _aim(runtime: tensorrt.Runtime, config: tensorrt.Native) -> None:
+def _aim(runtime: Runtime, config: Native) -> None:
     """Set the targets in a builder's config."""
     names = targets(runtime)
     config.num_compute_capabilities = len(names)

@@ -1,6 +1,6 @@
 """The main job, on both shipped checkpoints: export and verify, latency against the original, some generated text.
 
-    python examples/demo.py [--out DIR]
+python examples/demo.py [--out DIR]
 """
 
 from __future__ import annotations
@@ -32,9 +32,7 @@ def main(out: Annotated[Path, typer.Option(help="Where the bundles go.")] = Path
             "--tokens", HERE / "held-out.txt", "--out", bundle, "--force",
         )  # fmt: skip
         mscompile("bench", bundle, "--engine", "ort", "--reference", checkpoint)
-        mscompile(
-            "generate", bundle, "--prompt", PROMPT, "--tokens", "400", "--temperature", "0.7", "--seed", "1"
-        )
+        mscompile("generate", bundle, "--prompt", PROMPT, "--tokens", "400", "--temperature", "0.7", "--seed", "1")
 
 
 if __name__ == "__main__":

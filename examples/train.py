@@ -81,7 +81,9 @@ def held_out_bits(model: ReferenceModel, ids: Tensor, batch: int = 16) -> float:
     with torch.inference_mode():
         for rows in windows.split(batch):
             logits = model.full(rows[:, :-1])[:, half:]
-            total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, half + 1 :].flatten(), reduction="sum"))
+            total += float(
+                torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, half + 1 :].flatten(), reduction="sum")
+            )
             count += logits.shape[0] * logits.shape[1]
     model.train()
     return total / count / math.log(2)
@@ -169,7 +171,10 @@ def main(
             if step % validate_every and step != steps:
                 continue
             curve.append((step, held_out_bits(model, held_out_ids)))
-            print(f"step {step}: {curve[-1][1]:.4f} held-out bits per character, {time.perf_counter() - started:.0f} s", flush=True)
+            print(
+                f"step {step}: {curve[-1][1]:.4f} held-out bits per character, {time.perf_counter() - started:.0f} s",
+                flush=True,
+            )
             plot(out / f"{family}.png", curve, baseline, family)
             if curve[-1][1] == min(bits for _, bits in curve):
                 checkpoint.save(out / f"{family}.pt", family, model, vocab)

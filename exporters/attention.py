@@ -60,9 +60,7 @@ class CachedAttention(StreamModule):
             call.write(self.value, value)
             index, visible = call.once(("new", where), lambda: self._new(x, rows))
             runs.append(Keys(key, value, index, visible))
-        encoded = call.once(
-            ("positions", where), lambda: module.encode(geometry.distances(self.table_size, x.device))
-        )
+        encoded = call.once(("positions", where), lambda: module.encode(geometry.distances(self.table_size, x.device)))
         return module.merge(attend(module.heads(module.query(x)), runs, module.table(encoded), call.biases))
 
     def _remembered(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor]:

@@ -5,8 +5,12 @@ A Root may also have a segment length: the graph `close` then ends each segment 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import cast
+
 from torch import Tensor, nn
 
+from exporters.memory import SegmentLayer
 from exporters.stream import Call, Scope, StreamModule, TypeRule
 from mscompile.models.hourglass import Hourglass
 from mscompile.models.relative import Biases
@@ -47,7 +51,7 @@ class SegmentTransformerXL(StreamTransformerXL):
         self.segment = model.config.tgt_len
 
     def close(self, call: Call) -> None:
-        for layer in self.layers:
+        for layer in cast(Iterable[SegmentLayer], self.layers):
             layer.close(call)
 
 
@@ -60,15 +64,12 @@ class StreamHourglass(Root):
         self.level = scope.stream(model.level, "scale1")
 
     def forward(self, tokens: Tensor, call: Call) -> Tensor:
-        logits: Tensor = self.model.head(self.level(self.model.embedding(tokens), call))
-        return logits
+        return self.model.head(self.level(self.model.embedding(tokens), call))
 
 
 _WHY = "embedding, streaming body, head"
 RULES = (
-    TypeRule(
-        "transformer-xl", _WHY, TransformerXL, StreamTransformerXL, lambda model: model.config.same_length
-    ),
+    TypeRule("transformer-xl", _WHY, TransformerXL, StreamTransformerXL, lambda model: model.config.same_length),
     TypeRule("transformer-xl-segments", _WHY, TransformerXL, SegmentTransformerXL),
     TypeRule("hourglass", _WHY, Hourglass, StreamHourglass),
 )

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from exporters.attention import Cadence, CachedAttention
+from exporters.attention import CachedAttention, Cadence
 from exporters.stream import Call, Scope, StreamModule, TypeRule
 from mscompile.models.hourglass import Shortening
 
@@ -40,8 +40,7 @@ class StreamShortening(StreamModule):
             return None
         shifted = history if call.single else history[:, : x.shape[1]]
         if self.attention is None or self.module.refinement is None:
-            pooled: Tensor = self.module.pooling(shifted)
-            return pooled
+            return self.module.pooling(shifted)
         rows = self.module.rows_norm(shifted)
         query = self.module.pooled_norm(self.module.pooling(rows))
         return self.module.refinement.finish(query, self.attention(query, rows, call))

@@ -95,7 +95,7 @@ def build(model: ReferenceModel, profile: Profile, context: int | None = None) -
         for name in tick.closing:
             graphs[name] = GraphModule(root, name, _divides(1))
     if schedule.prefill:
-        graphs[PREFILL] = GraphModule(root, PREFILL, lambda factor: True)
+        graphs[PREFILL] = GraphModule(root, PREFILL, lambda _: True)
     states = root.states()
     vocab_size = int(model.config.vocab_size)
     root.eval()
@@ -115,7 +115,7 @@ def _schedule(segment: int | None, factors: Sequence[int], max_chunk: int) -> Sc
             raise Refusal("a model with both segments and coarser scales has no schedule yet")
         whole = Tick((DECODE,), repeat=segment - 1)
         last = Tick((DECODE,), closing=(CLOSE,))
-        ticks = (whole, last) if segment > 1 else (last,)
+        ticks: tuple[Tick, ...] = (whole, last) if segment > 1 else (last,)
         longest = min(max_chunk, segment)
         return Schedule(ticks, PREFILL if longest > 1 else None, 1, longest)
     period = factors[-1] if factors else 1
@@ -152,9 +152,7 @@ def _graph_spec(graph: GraphModule, dtype: torch.dtype, multiple: int, vocab_siz
     consumed: Dim = CHUNK if graph.name == PREFILL else 1
     head = (TensorSpec(TOKENS, "int64", (BATCH, consumed)), TensorSpec(POSITION, "int64", (BATCH,)))
     logits = TensorSpec(LOGITS, str(dtype).removeprefix("torch."), (BATCH, consumed, vocab_size))
-    return GraphSpec(
-        graph.name, (*head, *inputs), (logits, *outputs), graph.state_names, graph.writes, consumed
-    )
+    return GraphSpec(graph.name, (*head, *inputs), (logits, *outputs), graph.state_names, graph.writes, consumed)
 
 
 def _one(shape: tuple[Dim, ...]) -> tuple[int, ...]:

@@ -32,8 +32,7 @@ class StreamStack(StreamModule):
     def forward(self, x: Tensor, call: Call) -> Tensor:
         for block in self.blocks:
             x = block(x, call)
-        out: Tensor = self.norm(x)
-        return out
+        return self.norm(x)
 
 
 class StreamValley(StreamModule):
@@ -50,8 +49,7 @@ class StreamValley(StreamModule):
         coarse = self.shortening(x, call)
         if coarse is not None:
             coarse = self.middle(coarse, call)
-        out: Tensor = x + self.norm(self.upsampling(coarse, x, call))
-        return out
+        return x + self.norm(self.upsampling(coarse, x, call))
 
 
 class StreamLevel(StreamModule):

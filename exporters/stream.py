@@ -64,8 +64,11 @@ class Scope:
 class Rule(Protocol):
     """One way to stream one kind of module."""
 
-    name: str
-    why: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def why(self) -> str: ...
 
     def matches(self, module: nn.Module) -> bool: ...
 

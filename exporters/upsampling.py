@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from exporters.attention import Cadence, CachedAttention
+from exporters.attention import CachedAttention, Cadence
 from exporters.stream import Call, Scope, StreamModule, TypeRule
 from mscompile.models.hourglass import RepeatExpansion, Upsampling
 
@@ -44,7 +44,7 @@ class StreamUpsampling(StreamModule):
         if rows is not None:
             expanded = self.module.expansion(rows)  # (B, G, k, d)
             call.write(self.expansion, expanded[:, -1, : self.slots])
-            return expanded[:, 0, :1] if call.single else expanded.flatten(1, 2)  # type: ignore[no-any-return]
+            return expanded[:, 0, :1] if call.single else expanded.flatten(1, 2)
         newest = call.read(self.expansion)
         if self.slots == 1:
             return newest

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mscompile.contracts import Session
 from mscompile.errors import EngineError, EngineUnavailable, MsCompileError, UsageError
 from mscompile.runtime import open_bundle
 from validation.latency import Latency, Meter, ScheduleGain, Workload, parse, schedule_gain, summarize
@@ -113,8 +114,9 @@ def _worker(bundle: Path, engine: str, reference: Path | None, batch: int) -> It
     """A process that runs one engine, and how to ask it for samples."""
     command = [sys.executable, "-m", "mscompile.bench", str(bundle), engine, str(batch), str(reference or "")]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdin and process.stdout
     stdin, stdout = process.stdin, process.stdout
+    assert stdin is not None
+    assert stdout is not None
 
     def answer() -> Any:
         line = stdout.readline()
@@ -152,7 +154,7 @@ def _serve(bundle: str, engine: str, batch: str, reference: str) -> None:
         if engine == ORIGINAL:
             from engines.torch_eager import reference_sessions
 
-            new_session = reference_sessions(Path(reference))
+            new_session: Callable[[int], Session] = reference_sessions(Path(reference))
         else:
             new_session = opened.plan(engine).session
         reply(ready=True)

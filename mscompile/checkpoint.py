@@ -17,10 +17,10 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from mscompile.errors import CheckpointError
+from mscompile.errors import CheckpointError, MsCompileError
 from mscompile.models import families
 from mscompile.models.family import Family, ReferenceModel
 
@@ -40,15 +40,17 @@ class Checkpoint:
 def save(path: Path, family: str, model: ReferenceModel, vocab: tuple[str, ...]) -> None:
     """Write `model` as a checkpoint; the suffix chooses the format, `.pt` or `.safetensors`."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    fields = {"family": family, "config": asdict(model.config), "vocab": list(vocab)}
     partial = path.with_name(path.name + ".partial")
-    if path.suffix == ".safetensors":
-        fields = {"family": family, "config": asdict(model.config), "vocab": list(vocab)}
-        metadata = {"format": FORMAT, **{name: json.dumps(value) for name, value in fields.items()}}
-        safetensors.torch.save_file(state, partial, metadata=metadata)
-    else:
-        fields = {"family": family, "config": asdict(model.config), "vocab": list(vocab), "state_dict": state}
-        torch.save({"format": FORMAT, **fields}, partial)
-    partial.replace(path)
+    try:
+        if path.suffix == ".safetensors":
+            metadata = {"format": FORMAT, **{name: json.dumps(value) for name, value in fields.items()}}
+            safetensors.torch.save_file(state, partial, metadata=metadata)
+        else:
+            torch.save({"format": FORMAT, **fields, "state_dict": state}, partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load(path: Path, family: str = "auto") -> Checkpoint:
@@ -113,7 +115,9 @@ def _reading(path: Path) -> Iterator[None]:
             "load it where you trust it and save only its tensors: "
             "mscompile.checkpoint.save(path, family, model, vocab) or safetensors"
         ) from error
-    except (RuntimeError, EOFError, OSError, SafetensorError, json.JSONDecodeError, KeyError, ValueError) as error:
+    except MsCompileError:
+        raise
+    except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path}: the file is damaged or truncated ({reason})") from error
 

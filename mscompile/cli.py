@@ -55,7 +55,9 @@ _state = {"debug": False}
 @app.command()
 def export(
     model: Annotated[Path, typer.Option("--model", help="The trained checkpoint, .pt or .safetensors.")],
-    target: Annotated[str, typer.Option("--target", help="Engines, comma-separated: ort, trt-rtx, trt; or onnx.")] = "ort",
+    target: Annotated[
+        str, typer.Option("--target", help="Engines, comma-separated: ort, trt-rtx, trt; or onnx.")
+    ] = "ort",
     out: Annotated[Path | None, typer.Option("--out", help="The bundle to write.  [default: MODEL.msc]")] = None,
     family: FamilyName = "auto",
     precision: Annotated[str, typer.Option("--precision", help="fp32.")] = "fp32",
@@ -207,27 +209,8 @@ def inspect(
         return
     from validation import render
 
-    hits = {name: facts.pop(name) for name in ("rules", "passes") if name in facts}
-    states, schedule = facts.pop("states", []), facts.pop("schedule", None)
-    graphs = facts.pop("graphs", {})
-    _print(render.fields_table(str(path), facts))
-    if schedule:
-        rows = [(f"{tick['repeat']} x", ", ".join(tick["graphs"]), ", ".join(tick["closing"])) for tick in schedule["ticks"]]
-        _print(render.rows_table("schedule, in order of phase", ("phases", "graphs", "then"), rows))
-        if schedule["prefill"]:
-            typer.echo(
-                f"{schedule['prefill']}: up to {schedule['max_chunk']} tokens at once, "
-                f"in multiples of {schedule['chunk_multiple']}"
-            )
-    if graphs:
-        rows = [(name, len(graph["reads"]), len(graph["writes"])) for name, graph in graphs.items()]
-        _print(render.rows_table("graphs", ("graph", "states read", "states written"), rows))
-    if states:
-        rows = [(state["name"], state["dtype"], state["shape"], state["update"]) for state in states]
-        _print(render.rows_table("states", ("state", "dtype", "shape", "update"), rows))
-    for title, found in hits.items():
-        rows = [(hit["name"], hit["place"], "applied" if hit["applied"] else "refused", hit["reason"]) for hit in found]
-        _print(render.rows_table(title, ("name", "place", "", "why"), rows))
+    for table in render.inspection_tables(str(path), facts):
+        _print(table)
 
 
 @app.command()
@@ -242,7 +225,9 @@ def doctor(as_json: AsJson = False) -> None:
     from validation import render
 
     packages = {name: found or "not installed" for name, found in facts["packages"].items()}
-    _print(render.fields_table("machine", {"python": facts["python"], "CUDA devices": facts["cuda_devices"], **packages}))
+    _print(
+        render.fields_table("machine", {"python": facts["python"], "CUDA devices": facts["cuda_devices"], **packages})
+    )
     rows = [(name, engine["build"], engine["run"]) for name, engine in facts["engines"].items()]
     _print(render.rows_table("engines", ("engine", "can build", "can run"), rows))
     for problem in facts["problems"]:
@@ -294,11 +279,13 @@ def _batch_range(text: str) -> tuple[int, int]:
 
 
 def _runnable(opened: Bundle) -> list[str]:
-    """The bundle's engines that run here; where none does, the first, whose error says why."""
+    """The bundle's engines that run here; where none does, the error says why."""
     from engines import registry
 
     names = [name for name in opened.engines if registry.find(name).cannot_run() is None]
-    return names or list(opened.engines[:1]) or [opened.plan().spec and ""]
+    if not names:
+        opened.plan()  # raises, with the reason
+    return names
 
 
 def _reports(bundle: Bundle) -> list[ParityReport]:

@@ -288,7 +288,10 @@ class Engine(Protocol):
 
 def check_tokens(tokens: Any, batch: int, vocab_size: int) -> Array:
     """`tokens` as int64 (batch, T); InputError where shape, type or range is not right."""
-    array = np.asarray(tokens)
+    try:
+        array = np.asarray(tokens)
+    except ValueError as error:
+        raise InputError(f"tokens must be a rectangle of shape (batch={batch}, T >= 1): {error}") from error
     if array.ndim != 2 or array.shape[0] != batch or array.shape[1] < 1:
         raise InputError(f"tokens must have shape (batch={batch}, T >= 1), not {array.shape}")
     if array.dtype.kind not in "iu":

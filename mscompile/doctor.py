@@ -10,7 +10,17 @@ from typing import Any
 from engines import registry
 from engines.cuda import device_count
 
-PACKAGES = ("torch", "onnx", "onnxscript", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "tensorrt-rtx", "tensorrt", "numpy")
+PACKAGES = (
+    "torch",
+    "onnx",
+    "onnxscript",
+    "onnx-ir",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt-rtx",
+    "tensorrt",
+    "numpy",
+)
 
 
 def examine() -> dict[str, Any]:
@@ -21,7 +31,11 @@ def examine() -> dict[str, Any]:
         "cuda_devices": device_count(),
         "packages": {name: _version(name) for name in PACKAGES},
         "engines": {
-            engine.name: {"title": engine.title, "build": engine.cannot_build() or "yes", "run": engine.cannot_run() or "yes"}
+            engine.name: {
+                "title": engine.title,
+                "build": engine.cannot_build() or "yes",
+                "run": engine.cannot_run() or "yes",
+            }
             for engine in registry.engines()
         },
         "problems": _problems(),
@@ -40,6 +54,7 @@ def _problems() -> list[str]:
     runtimes = sorted(set(packages_distributions().get("onnxruntime", [])))
     if len(runtimes) > 1:
         problems.append(
-            f"{' and '.join(runtimes)} are both installed, and the last one installed wins; uninstall both, then install one"
+            f"{' and '.join(runtimes)} are both installed, and the last one installed wins; "
+            "uninstall both, then install one"
         )
     return problems

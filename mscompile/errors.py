@@ -1,16 +1,16 @@
 """Every error a user can meet, and the exit code each one ends a command with.
 
-    MsCompileError                 exit code 2: bad usage or input
-    ├── UsageError                 an option or argument that cannot work
-    ├── CheckpointError            a checkpoint that is missing, damaged, unsafe or does not fit its family
-    ├── ConfigError                a model configuration with impossible values
-    ├── Refusal                    a model that cannot be streamed exactly, with the reason
-    ├── ExportError                a graph that does not keep what its GraphSpec promises
-    ├── BundleError                a bundle that is damaged, tampered with or from a newer version
-    ├── InputError                 tokens or shapes outside what an engine was built for
-    ├── GateFailed                 exit code 1: parity or latency outside its limits
-    └── EngineError                exit code 3: an engine failed while building or running
-        └── EngineUnavailable      exit code 3: that engine cannot be built or run on this machine
+MsCompileError                 exit code 2: bad usage or input
+├── UsageError                 an option or argument that cannot work
+├── CheckpointError            a checkpoint that is missing, damaged, unsafe or does not fit its family
+├── ConfigError                a model configuration with impossible values
+├── Refusal                    a model that cannot be streamed exactly, with the reason
+├── ExportError                a graph that does not keep what its GraphSpec promises
+├── BundleError                a bundle that is damaged, tampered with or from a newer version
+├── InputError                 tokens or shapes outside what an engine was built for
+├── GateFailed                 exit code 1: parity or latency outside its limits
+└── EngineError                exit code 3: an engine failed while building or running
+    └── EngineUnavailable      exit code 3: that engine cannot be built or run on this machine
 """
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import struct
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -110,7 +109,6 @@ def test_a_save_that_breaks_off_leaves_the_older_file(
     assert path.read_bytes() == before
 
 
-@pytest.mark.xfail(reason="the partial file stays behind")
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_save_that_breaks_off_leaves_nothing_half_written(
     tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
@@ -283,10 +281,7 @@ def _pickle_of(path: Path) -> bytes:
         return archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl")))
 
 
-UNCAUGHT = pytest.mark.xfail(reason="damaged pickles raise more than is caught", raises=(IndexError, struct.error))
-
-
-@pytest.mark.parametrize("kept", [0, pytest.param(1, marks=UNCAUGHT), 2, pytest.param(10, marks=UNCAUGHT), 100, 400])
+@pytest.mark.parametrize("kept", [0, 1, 2, 10, 100, 400])
 def test_a_pickle_that_ends_early(tmp_path: Path, kept: int) -> None:
     path = tmp_path / "model.pt"
     sentence = refusal(_with_pickle(path, _pickle_of(path)[:kept]))
@@ -310,13 +305,11 @@ def test_a_pickle_that_makes_no_sense(tmp_path: Path, program: bytes) -> None:
     )
 
 
-@UNCAUGHT
 @pytest.mark.parametrize("program", [b"\x80\x02.", b"\x80\x02u."], ids=["nothing on the stack", "no mark"])
 def test_a_pickle_that_takes_what_is_not_there(tmp_path: Path, program: bytes) -> None:
     assert refusal(_with_pickle(tmp_path / "model.pt", program)).startswith("the file is damaged or truncated (")
 
 
-@pytest.mark.xfail(reason="damaged pickles raise more than is caught")
 def test_flipped_bits_give_a_model_or_a_refusal_and_nothing_else(tmp_path: Path) -> None:
     path, random = tmp_path / "model.pt", np.random.default_rng(0)
     program = _pickle_of(path)
@@ -381,7 +374,7 @@ def test_a_config_that_is_no_mapping(tmp_path: Path, config: Any) -> None:
         ({"n_layer": 0}, "n_layer must be a whole number of at least 1, not 0"),
         ({"n_layer": "2"}, "n_layer must be a whole number of at least 1, not '2'"),
         ({"d_model": 7}, "d_model must be even for sinusoid positions, not 7"),
-        ({"clamp_len": -1}, "clamp_len must be at least 1, not -1"),
+        ({"clamp_len": -1}, "clamp_len must be a whole number of at least 1, not -1"),
     ],
 )
 def test_a_wrong_setting(tmp_path: Path, settings: dict[str, Any], sentence: str) -> None:
@@ -395,7 +388,6 @@ def test_an_unknown_setting(tmp_path: Path) -> None:
     assert sentence.startswith("transformer-xl has no setting ext_len; it has clamp_len, d_head")
 
 
-@pytest.mark.xfail(reason="joining the unknown settings assumes that they are texts", raises=TypeError)
 def test_a_setting_that_is_no_text(tmp_path: Path) -> None:
     assert "has no setting 5" in refusal(changed(tmp_path / "model.pt", config={5: 6}), error=ConfigError)
 

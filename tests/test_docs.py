@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+import mscompile
+
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -108,10 +110,11 @@ def test_files_named_in_backticks_exist(document: Path) -> None:
     assert not missing, f"{relative(document)} names {', '.join(missing)}"
 
 
-def test_changelog_has_the_version() -> None:
+def test_one_version_everywhere() -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
     released = re.findall(r"^## \[([^\]]+)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert version in released
+    assert version == mscompile.__version__
 
 
 def test_constraints_are_exact_and_name_no_place() -> None:

@@ -17,7 +17,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from engines import tensorrt, trt, trt_rtx
+from engines import cuda, tensorrt_load, tensorrt_sidecar, trt, trt_rtx
+from engines.tensorrt_device import DeviceExecutor
+from engines.tensorrt_library import Library, messages
+from engines.tensorrt_sidecar import Ranges
 from mscompile.contracts import (
     Array,
     GraphSpec,
@@ -142,7 +145,7 @@ def test_build_writes_engines_and_a_sidecar(rtx: Any, graphs: Path, out: Path) -
     assert all((out / f"{name}.engine").read_bytes()[:4] == b"vtrt" for name in ("decode", "prefill"))
     sizes = {name: (out / f"{name}.engine").stat().st_size for name in ("decode", "prefill")}
     targets = ["SM80", "SM86", "SM89", "SM120", "SM121"]
-    made = {"module": "tensorrt_rtx", "version": rtx.__version__, "compute_capabilities": targets}
+    made = {"runtime": "tensorrt-rtx", "version": rtx.__version__, "compute_capabilities": targets}
     assert facts == {**made, "size_bytes": sizes, "warnings": {}}
     assert json.loads(json.dumps(facts)) == facts
 
@@ -172,8 +175,8 @@ def test_build_writes_engines_and_a_sidecar(rtx: Any, graphs: Path, out: Path) -
             {"name": "rows.out", "dtype": "float32", "shape": ["batch", "chunk/3", 4]},
         ],
     }
-    read = tensorrt.read_sidecar(trt_rtx.LIBRARY, out, SPEC)
-    assert read == tensorrt.Sidecar(rtx.__version__, tuple(targets), tensorrt.Ranges((1, 1, 4), (3, 12, 12)))
+    read = tensorrt_sidecar.read_sidecar(trt_rtx.LIBRARY, out, SPEC)
+    assert read == tensorrt_sidecar.Sidecar(rtx.__version__, tuple(targets), Ranges((1, 1, 4), (3, 12, 12)))
 
 
 def changed(graph: GraphSpec, **fields: Any) -> GraphSpec:
@@ -245,7 +248,7 @@ def test_a_capability_that_the_library_does_not_know_is_refused(rtx: Any) -> Non
     strange = SimpleNamespace(
         __version__=rtx.__version__, ComputeCapability=SimpleNamespace(__members__={"SM90": rtx.ComputeCapability(90)})
     )
-    config = rtx.Builder(tensorrt._messages(rtx)).create_builder_config()
+    config = rtx.Builder(messages(rtx)).create_builder_config()
     with pytest.raises(EngineError, match="does not build for SM90"):
         trt_rtx._aim(strange, config)
 
@@ -266,7 +269,7 @@ PROFILES = {
 def test_an_impossible_profile_is_refused(case: str) -> None:
     profile, spec, reason = PROFILES[case]
     with pytest.raises(EngineError, match=reason):
-        tensorrt.Ranges.of(spec, profile)
+        Ranges.of(spec, profile)
 
 
 @pytest.mark.usefixtures("rtx")
@@ -274,14 +277,14 @@ def test_a_profile_that_the_builder_refuses_is_an_engine_error(
     monkeypatch: pytest.MonkeyPatch, graphs: Path, out: Path
 ) -> None:
     wrong = {"min": [3, 1], "opt": [1, 1], "max": [4, 1]}
-    monkeypatch.setattr(tensorrt.Ranges, "shapes", lambda *_: wrong)
+    monkeypatch.setattr(Ranges, "shapes", lambda *_: wrong)
     with pytest.raises(EngineError, match=r"decode\.onnx.*MIN<=OPT<=MAX"):
         trt_rtx.ENGINE.build(graphs, out, SPEC, PROFILE)
 
 
 def test_expected_warnings_are_dropped_and_others_passed_on(rtx: Any, caplog: pytest.LogCaptureFixture) -> None:
-    log = tensorrt._messages(rtx)
-    assert tensorrt._messages(rtx) is log
+    log = messages(rtx)
+    assert messages(rtx) is log
     log.take()
     with caplog.at_level(logging.WARNING):
         log.log(rtx.ILogger.Severity.WARNING, "ModelImporter.cpp:1071: Make sure input tokens has Int64 binding.")
@@ -299,14 +302,14 @@ def test_expected_warnings_are_dropped_and_others_passed_on(rtx: Any, caplog: py
 @pytest.fixture
 def built(out: Path) -> Path:
     """A directory as `build` leaves it, with engines that no machine can read."""
-    ranges = tensorrt.Ranges.of(SPEC, PROFILE)
+    ranges = Ranges.of(SPEC, PROFILE)
     rows = {}
     for graph in SPEC.graphs:
         (out / f"{graph.name}.engine").write_bytes(b"vtrt....")
-        rows[graph.name] = tensorrt._described(graph, ranges) | {"size_bytes": 8, "layers": 9, "warnings": []}
+        rows[graph.name] = tensorrt_sidecar.described(graph, ranges) | {"size_bytes": 8, "layers": 9, "warnings": []}
     content = {
         "schema": 1,
-        "module": "tensorrt_rtx",
+        "runtime": "tensorrt-rtx",
         "version": "1.7",
         "compute_capabilities": ["SM86", "SM89"],
         "ranges": {"batch": list(ranges.batch), "chunk": list(ranges.chunk)},
@@ -328,7 +331,7 @@ def _set(path: str, value: Any) -> Callable[[Any], None]:
 
 CORRUPTIONS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "schema": (_set("schema", 2), "schema: wanted 1, found 2"),
-    "module": (_set("module", "tensorrt"), "module: wanted tensorrt_rtx, found tensorrt"),
+    "runtime": (_set("runtime", "tensorrt"), "runtime: wanted tensorrt-rtx, found tensorrt"),
     "field": (lambda content: content.pop("version"), "fields: wanted "),
     "no schema": (lambda content: content.pop("schema"), "'schema' is missing"),
     "ranges": (_set("ranges/chunk", [3, 12, 15]), "ranges: wanted "),
@@ -441,20 +444,22 @@ class FakeDriver:
 
 def test_the_driver_tells_compute_capabilities(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda _: FakeDriver((8, 9), (12, 0)))
-    assert tensorrt.cuda_devices() == ("SM89", "SM120")
+    assert cuda.devices() == ("SM89", "SM120")
+    assert cuda.device_count() == 2
     for driver in (FakeDriver(), FakeDriver(status=100)):
         monkeypatch.setattr(ctypes, "CDLL", lambda _, driver=driver: driver)
         with pytest.raises(EngineUnavailable, match="the NVIDIA driver sees no GPU"):
-            tensorrt.cuda_devices()
+            cuda.devices()
+        assert cuda.device_count() == 0
     monkeypatch.setattr(ctypes, "CDLL", lambda _: FakeDriver(status=999))
     with pytest.raises(EngineUnavailable, match=r"does not start \(error 999\)"):
-        tensorrt.cuda_devices()
+        cuda.devices()
 
 
 @pytest.mark.usefixtures("rtx")
 def test_a_gpu_that_rtx_does_not_know_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda _: FakeDriver((9, 0)))
-    monkeypatch.setattr(tensorrt.Library, "cuda", lambda _: None)
+    monkeypatch.setattr(Library, "cuda", lambda _: None)
     assert trt_rtx.ENGINE.cannot_run() == (
         "TensorRT for RTX runs FP32 engines on SM80, SM86, SM89, SM120, SM121 and this GPU is SM90; "
         "use the engine 'trt' or 'ort'"
@@ -589,8 +594,8 @@ def fake_runtime(version: str = "1.7", readable: bool = True) -> Any:
 def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     cuda = FakeCuda()
     monkeypatch.setattr(ctypes, "CDLL", lambda _: FakeDriver((8, 9)))
-    monkeypatch.setattr(tensorrt.Library, "cuda", lambda _: cuda)
-    monkeypatch.setattr(tensorrt.Library, "load", lambda _: fake_runtime())
+    monkeypatch.setattr(Library, "cuda", lambda _: cuda)
+    monkeypatch.setattr(Library, "load", lambda _: fake_runtime())
     return cuda
 
 
@@ -628,18 +633,18 @@ def test_engines_of_another_version_gpu_or_graph_are_refused(
     gpu: FakeCuda, built: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert not gpu.memory
-    monkeypatch.setattr(tensorrt.Library, "load", lambda _: fake_runtime("1.8"))
+    monkeypatch.setattr(Library, "load", lambda _: fake_runtime("1.8"))
     with pytest.raises(EngineUnavailable, match=r"built by TensorRT for RTX 1\.7 and 1\.8 is installed.*rtx==1\.7"):
         trt_rtx.ENGINE.load(built, built, SPEC)
-    monkeypatch.setattr(tensorrt.Library, "load", lambda _: fake_runtime(readable=False))
+    monkeypatch.setattr(Library, "load", lambda _: fake_runtime(readable=False))
     with pytest.raises(EngineError, match=r"decode\.engine cannot be read on this GPU: it gives no reason"):
         trt_rtx.ENGINE.load(built, built, SPEC)
     monkeypatch.setattr(ctypes, "CDLL", lambda _: FakeDriver((12, 0)))
     with pytest.raises(EngineUnavailable, match="this GPU is SM120 and these engines were built for SM86, SM89"):
-        tensorrt.load(trt_rtx.LIBRARY, built, SPEC, None)
+        tensorrt_load.load(trt_rtx.LIBRARY, built, SPEC, None)
     reader = SimpleNamespace(deserialize_cuda_engine=lambda _: FakeEngine(SPEC.graphs[1]))
     with pytest.raises(EngineError, match=r"decode\.engine is of another graph: its tensors are logits, memory\.in"):
-        tensorrt._deserialize(reader, built / "decode.engine", DECODE, FakeLog())
+        tensorrt_load._deserialize(reader, built / "decode.engine", DECODE, FakeLog())
 
 
 @pytest.mark.parametrize("call", ["cudaMalloc", "cudaMemcpyAsync", "cudaStreamSynchronize"])
@@ -651,7 +656,7 @@ def test_cuda_errors_are_engine_errors(call: str, gpu: FakeCuda, built: Path) ->
 
 
 def test_a_call_that_the_engine_refuses_gives_its_reason(gpu: FakeCuda) -> None:
-    executor = tensorrt.DeviceExecutor(gpu, FakeLog(), {"decode": FakeEngine(DECODE)})
+    executor = DeviceExecutor(gpu, FakeLog(), {"decode": FakeEngine(DECODE)})
     executor._contexts["decode"].accepts = False
     inputs = {tensor.name: np.zeros(tensor.concrete(batch=1), tensor.dtype) for tensor in DECODE.inputs}
     outputs = {tensor.name: np.zeros(tensor.concrete(batch=1), tensor.dtype) for tensor in DECODE.outputs}

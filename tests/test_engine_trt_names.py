@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
-from engines import tensorrt, trt_rtx
+import engines
 
+ENGINES = Path(engines.__path__[0])
 DISTRIBUTION = "tensorrt-cu13-bindings"
 ANNOTATIONS = {"Runtime": "runtime", "Native": "native", "Cuda": "cuda"}
 PYTHON = {"__name__", "__version__", "__members__", "name"}  # of modules and enums, not of the library
@@ -80,13 +81,14 @@ def _kind(annotation: ast.expr | None) -> str:
     return ANNOTATIONS.get(name, "")
 
 
-def used(source: str | None, *kinds: str) -> set[tuple[str, ...]]:
-    assert source is not None
-    return {chain for kind, chain in Names(Path(source)).chains if kind in kinds and chain and not PYTHON & {*chain}}
+def used(pattern: str, *kinds: str) -> set[tuple[str, ...]]:
+    """The chains in the files of the package that match."""
+    chains = {chain for path in ENGINES.glob(pattern) for chain in Names(path).chains}
+    return {chain for kind, chain in chains if kind in kinds and chain and not PYTHON & {*chain}}
 
 
-SHARED = used(tensorrt.__file__, "runtime", "native")
-RTX = used(trt_rtx.__file__, "runtime", "native")
+SHARED = used("tensorrt_*.py", "runtime", "native") | used("trt.py", "runtime", "native")
+RTX = used("trt_rtx.py", "runtime", "native")
 
 
 def test_the_walk_finds_what_is_used() -> None:
@@ -144,7 +146,7 @@ def test_every_name_exists_in_tensorrt_for_rtx() -> None:
 
 def test_every_name_exists_in_the_cuda_bindings() -> None:
     cuda = pytest.importorskip("cuda.bindings.runtime", reason="cuda-bindings is not installed")
-    names = used(tensorrt.__file__, "cuda")
+    names = used("*.py", "cuda")
     assert {("cudaMalloc",), ("cudaMemcpyAsync",), ("cudaGetErrorString",)} <= names
     for chain in names:
         attrgetter(".".join(chain))(cuda)

@@ -42,7 +42,14 @@ def parse(text: str) -> Workload:
 class Meter:
     """Samples of one workload on one session, taken in as many rounds as wanted."""
 
-    def __init__(self, new_session: Callable[[int], Session], workload: Workload, vocab_size: int, limit: int | None, batch: int = 1):
+    def __init__(
+        self,
+        new_session: Callable[[int], Session],
+        workload: Workload,
+        vocab_size: int,
+        limit: int | None,
+        batch: int = 1,
+    ):
         longest = workload.start + 2 * WARM_UPS if workload.kind == "decode" else workload.tokens
         if limit is not None and longest > limit:
             raise UsageError(f"{workload.name} needs {longest} tokens of context; this bundle holds {limit}")

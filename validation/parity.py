@@ -106,7 +106,11 @@ class _Comparison:
         if error.size and (largest := float(error.max())) >= self.max_abs:
             self.max_abs = largest
             self.worst = place(tuple(int(i) for i in np.unravel_index(int(error.argmax()), error.shape)))
-        self.sum_abs, self.count, self.tokens = self.sum_abs + float(error.sum()), self.count + error.size, self.tokens + tokens
+        self.sum_abs, self.count, self.tokens = (
+            self.sum_abs + float(error.sum()),
+            self.count + error.size,
+            self.tokens + tokens,
+        )
         self.dot += float(np.vdot(found.astype(np.float64), wanted))
         self.found_square += float(np.vdot(found.astype(np.float64), found))
         self.wanted_square += float(np.vdot(wanted.astype(np.float64), wanted))
@@ -202,19 +206,19 @@ def expected_logits(rollout: Rollout, reference: Reference) -> Array:
     """The original's logits (batch, N, V) for a rollout: every stream between two resets on its own."""
     batch, length = rollout.tokens.shape
     starts = np.cumsum([0, *rollout.chunks])
-    borders: dict[int, list[int]] = {row: [0] for row in range(batch)}
+    borders = {row: [0] for row in range(batch)}
     for chunk, rows in rollout.resets:
         for row in rows:
             borders[row].append(int(starts[chunk]))
     logits: Array | None = None
     for cuts in dict.fromkeys(tuple(cuts) for cuts in borders.values()):
-        rows = [row for row in borders if tuple(borders[row]) == cuts]
+        sharing = [row for row in borders if tuple(borders[row]) == cuts]
         for start, end in zip(cuts, (*cuts[1:], length), strict=True):
             if start < end:
-                stream = reference(rollout.tokens[rows, start:end])
+                stream = reference(rollout.tokens[sharing, start:end])
                 if logits is None:
                     logits = np.empty((batch, length, stream.shape[2]), dtype=stream.dtype)
-                logits[rows, start:end] = stream
+                logits[sharing, start:end] = stream
     assert logits is not None
     return logits
 
@@ -244,7 +248,7 @@ def _run(
         found = engine.step(rollout.tokens[:, part])
         if program is not None:
             program.step(rollout.tokens[:, part])
-        logits.add(found, expected[:, part], batch * chunk, _logit_place(rollout, spec, before, chunk))
+        logits.add(found, expected[:, part], batch * chunk, _logit_place(spec, before, chunk))
         statistics.add(found, expected[:, part], rollout.tokens[:, done + 1 : done + chunk + 1])
         done += chunk
         progress(batch * chunk)
@@ -292,7 +296,7 @@ def written_rows(state: StateSpec, value: Array, like: Array) -> Array:
     return value[tuple(index)]
 
 
-def _logit_place(rollout: Rollout, spec: StreamSpec, before: Array, chunk: int) -> Callable[[tuple[int, ...]], str]:
+def _logit_place(spec: StreamSpec, before: Array, chunk: int) -> Callable[[tuple[int, ...]], str]:
     def place(index: tuple[int, ...]) -> str:
         row, offset, token = index
         graph = graph_of(spec, int(before[row]), chunk, offset)
@@ -385,9 +389,7 @@ def check_golden(
     for stored in golden:
         rollout = Rollout(stored.name, stored.tokens, tuple(int(chunk) for chunk in stored.chunks))
         session = new_session(stored.tokens.shape[0])
-        compared, broken = _run(
-            rollout, spec, session, stored.logits, None, stored.states, tolerance, lambda _: None
-        )
+        compared, broken = _run(rollout, spec, session, stored.logits, None, stored.states, tolerance, lambda _: None)
         tensors += compared
         failures += broken
     return ParityReport(engine, precision, tolerance, tuple(tensors), tuple(failures))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -94,3 +94,26 @@ def rows_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[objec
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
     return table
+
+
+def inspection_tables(title: str, facts: Mapping[str, Any]) -> list[RenderableType]:
+    """What `inspect` found: plain facts first, then the schedule, graphs, states, rules and passes."""
+    nested = ("schedule", "graphs", "states", "rules", "passes")
+    tables: list[RenderableType] = [fields_table(title, {k: v for k, v in facts.items() if k not in nested})]
+    if schedule := facts.get("schedule"):
+        ticks = [(f"{t['repeat']} x", ", ".join(t["graphs"]), ", ".join(t["closing"])) for t in schedule["ticks"]]
+        tables.append(rows_table("schedule, in order of phase", ("phases", "graphs", "then"), ticks))
+        if schedule["prefill"]:
+            longest, multiple = schedule["max_chunk"], schedule["chunk_multiple"]
+            tables.append(f"{schedule['prefill']}: up to {longest} tokens at once, in multiples of {multiple}")
+    if graphs := facts.get("graphs"):
+        counts = [(name, len(graph["reads"]), len(graph["writes"])) for name, graph in graphs.items()]
+        tables.append(rows_table("graphs", ("graph", "states read", "states written"), counts))
+    if states := facts.get("states"):
+        columns = ("name", "dtype", "shape", "update")
+        tables.append(rows_table("states", columns, [[state[column] for column in columns] for state in states]))
+    for name in ("rules", "passes"):
+        if hits := facts.get(name):
+            told = [(h["name"], h["place"], "applied" if h["applied"] else "refused", h["reason"]) for h in hits]
+            tables.append(rows_table(name, ("name", "place", "", "why"), told))
+    return tables

@@ -36,9 +36,21 @@ def standard(spec: StreamSpec, text: Array | None, steps: int, seed: int = 0) ->
     is_text = text is not None and len(text) > steps
     return (
         _long("text" if is_text else "random", _rows(spec, text, 1, steps, rng), spec, rng, is_text),
-        _long(f"text, batch {rows}" if is_text else f"random, batch {rows}", _rows(spec, text, rows, steps, rng), spec, rng, is_text),
+        _long(
+            f"text, batch {rows}" if is_text else f"random, batch {rows}",
+            _rows(spec, text, rows, steps, rng),
+            spec,
+            rng,
+            is_text,
+        ),
         _bounded("token by token", _rows(spec, text, 1, short, rng), spec, [1] * short, every_state=True),
-        _bounded("around multiples", _rows(spec, None, min(2, rows), sum(_edges(spec)), rng), spec, _edges(spec), every_state=True),
+        _bounded(
+            "around multiples",
+            _rows(spec, None, min(2, rows), sum(_edges(spec)), rng),
+            spec,
+            _edges(spec),
+            every_state=True,
+        ),
         _row_resets(_rows(spec, None, rows, short, rng), spec, rng),
     )
 

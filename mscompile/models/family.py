@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from mscompile.errors import ConfigError
 
 
-
-
 class ReferenceModel(nn.Module):
     """A trained model as published. `full` is what every stream must equal."""
 
@@ -51,7 +49,7 @@ class Family:
     def parse_config(self, values: dict[str, Any]) -> Any:
         """The family's configuration from plain values; unknown, missing and impossible ones are refused by name."""
         known = {field.name for field in fields(self.config)}
-        if unknown := sorted(set(values) - known):
+        if unknown := sorted(str(name) for name in values if name not in known):
             raise ConfigError(f"{self.name} has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}")
         try:
             return self.config(**values)
@@ -73,3 +71,16 @@ def require_positive(config: Any, *names: str) -> None:
             isinstance(value, int) and not isinstance(value, bool) and value >= 1,
             f"{name} must be a whole number of at least 1, not {value!r}",
         )
+
+
+def require_switch(config: Any, *names: str) -> None:
+    """Every named setting is true or false."""
+    for name in names:
+        value = getattr(config, name)
+        require(isinstance(value, bool), f"{name} must be true or false, not {value!r}")
+
+
+def require_dropout(value: Any) -> None:
+    """A probability, below 1."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    require(is_number and 0.0 <= value < 1.0, f"dropout must lie in [0, 1), not {value!r}")

@@ -21,11 +21,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
-from mscompile.models.family import Family, ReferenceModel, require, require_positive
+from mscompile.models.family import Family, ReferenceModel, require, require_dropout, require_positive
 from mscompile.models.relative import Biases, Geometry, RelativeAttention
 
 SHORTENINGS = ("average", "linear", "attention", "attention-linear")
@@ -53,7 +54,7 @@ def parse_hierarchy(text: str) -> tuple[Scale, ...]:
     half = tuple(scales[: len(scales) // 2 + 1])
     require(half[0].factor == 1, f"hierarchy {text!r} must start at factor 1")
     require(half[0].layers >= 1, f"hierarchy {text!r} needs at least one layer at factor 1 on each side")
-    for finer, coarser in zip(half, half[1:], strict=False):
+    for finer, coarser in pairwise(half):
         require(
             coarser.factor > finer.factor and coarser.factor % finer.factor == 0,
             f"hierarchy {text!r}: factor {coarser.factor} must be a larger multiple of {finer.factor}",
@@ -75,13 +76,14 @@ class HourglassConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "vocab_size", "d_model", "d_ff", "n_head", "context")
-        require(
-            self.d_model % self.n_head == 0, f"d_model {self.d_model} must be divisible by n_head {self.n_head}"
-        )
+        require(self.d_model % self.n_head == 0, f"d_model {self.d_model} must be divisible by n_head {self.n_head}")
         require(self.d_model % 2 == 0, f"d_model must be even for sinusoid positions, not {self.d_model}")
         require(self.shortening in SHORTENINGS, f"shortening must be one of {SHORTENINGS}, not {self.shortening!r}")
         require(self.upsampling in UPSAMPLINGS, f"upsampling must be one of {UPSAMPLINGS}, not {self.upsampling!r}")
-        require(0.0 <= self.dropout < 1.0, f"dropout must lie in [0, 1), not {self.dropout}")
+        require_dropout(self.dropout)
+        require(
+            isinstance(self.hierarchy, str), f"hierarchy must be a text such as '2@1 8@3 2@1', not {self.hierarchy!r}"
+        )
         parse_hierarchy(self.hierarchy)
 
     @property
@@ -103,6 +105,10 @@ def feed_forward(config: HourglassConfig) -> nn.Sequential:
     )
 
 
+def layer_norm(config: HourglassConfig) -> nn.LayerNorm:
+    return nn.LayerNorm(config.d_model, eps=1e-6)  # Trax's epsilon; torch's own default is 1e-5
+
+
 def attention(config: HourglassConfig, geometry: Geometry) -> RelativeAttention:
     return RelativeAttention(
         config.d_model, config.n_head, config.d_model // config.n_head, bias=True, geometry=geometry
@@ -112,17 +118,16 @@ def attention(config: HourglassConfig, geometry: Geometry) -> RelativeAttention:
 class Block(nn.Module):
     def __init__(self, config: HourglassConfig, factor: int) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.d_model)
+        self.attention_norm = layer_norm(config)
         self.attention = attention(config, Geometry(scale=-factor))
         self.dropout = nn.Dropout(config.dropout)
-        self.feed_forward_norm = nn.LayerNorm(config.d_model)
+        self.feed_forward_norm = layer_norm(config)
         self.feed_forward = feed_forward(config)
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """Both residuals and the feed-forward: (B, T, d) each."""
         x = x + self.dropout(attended)
-        out: Tensor = x + self.feed_forward(self.feed_forward_norm(x))
-        return out
+        return x + self.feed_forward(self.feed_forward_norm(x))
 
     def forward(self, x: Tensor, biases: Biases) -> Tensor:
         rows = self.attention_norm(x)
@@ -135,13 +140,12 @@ class Stack(nn.Module):
     def __init__(self, config: HourglassConfig, scale: Scale) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Block(config, scale.factor) for _ in range(scale.layers))
-        self.norm = nn.LayerNorm(config.d_model)
+        self.norm = layer_norm(config)
 
     def forward(self, x: Tensor, biases: Biases) -> Tensor:
         for block in self.blocks:
             x = block(x, biases)
-        out: Tensor = self.norm(x)
-        return out
+        return self.norm(x)
 
 
 class AveragePooling(nn.Module):
@@ -162,8 +166,7 @@ class LinearPooling(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, G * group, d) -> (B, G, d)."""
-        out: Tensor = self.linear(x.unflatten(1, (-1, self.group)).flatten(2))
-        return out
+        return self.linear(x.unflatten(1, (-1, self.group)).flatten(2))
 
 
 class AttentionRefinement(nn.Module):
@@ -173,13 +176,12 @@ class AttentionRefinement(nn.Module):
         super().__init__()
         self.attention = attention(config, geometry)
         self.dropout = nn.Dropout(config.dropout)
-        self.feed_forward_norm = nn.LayerNorm(config.d_model)
+        self.feed_forward_norm = layer_norm(config)
         self.feed_forward = feed_forward(config)
 
     def finish(self, query: Tensor, attended: Tensor) -> Tensor:
         y = query + self.dropout(attended)
-        out: Tensor = y + self.feed_forward(self.feed_forward_norm(y))
-        return out
+        return y + self.feed_forward(self.feed_forward_norm(y))
 
     def forward(self, query: Tensor, rows: Tensor, biases: Biases) -> Tensor:
         return self.finish(query, self.attention(query, rows, biases))
@@ -196,18 +198,16 @@ class Shortening(nn.Module):
         self.refinement: AttentionRefinement | None = None
         if config.shortening.startswith("attention"):
             geometry = Geometry(query_step=group, offset=group - 1, scale=-factor)
-            self.rows_norm = nn.LayerNorm(config.d_model)
-            self.pooled_norm = nn.LayerNorm(config.d_model)
+            self.rows_norm = layer_norm(config)
+            self.pooled_norm = layer_norm(config)
             self.refinement = AttentionRefinement(config, geometry)
 
     def forward(self, shifted: Tensor, biases: Biases) -> Tensor:
         """(B, G * group, d) -> (B, G, d)."""
         if self.refinement is None:
-            pooled: Tensor = self.pooling(shifted)
-            return pooled
+            return self.pooling(shifted)
         rows = self.rows_norm(shifted)
-        refined: Tensor = self.refinement(self.pooled_norm(self.pooling(rows)), rows, biases)
-        return refined
+        return self.refinement(self.pooled_norm(self.pooling(rows)), rows, biases)
 
 
 class RepeatExpansion(nn.Module):
@@ -228,8 +228,7 @@ class LinearExpansion(nn.Module):
 
     def forward(self, coarse: Tensor) -> Tensor:
         """(B, G, d) -> (B, G, group, d)."""
-        out: Tensor = self.linear(coarse).unflatten(2, (self.group, -1))
-        return out
+        return self.linear(coarse).unflatten(2, (self.group, -1))
 
 
 class Upsampling(nn.Module):
@@ -242,19 +241,17 @@ class Upsampling(nn.Module):
         self.expansion = RepeatExpansion(group) if repeat else LinearExpansion(config.d_model, group)
         self.refinement: AttentionRefinement | None = None
         if config.upsampling == "attention":
-            self.rows_norm = nn.LayerNorm(config.d_model)
-            self.expanded_norm = nn.LayerNorm(config.d_model)
+            self.rows_norm = layer_norm(config)
+            self.expanded_norm = layer_norm(config)
             self.refinement = AttentionRefinement(config, Geometry(key_step=group, scale=-1))
 
     def forward(self, coarse: Tensor, x: Tensor, biases: Biases) -> Tensor:
         """coarse (B, G, d), x (B, G * group, d) -> (B, G * group, d)."""
         if self.refinement is None:
-            expanded: Tensor = self.expansion(coarse).flatten(1, 2)
-            return expanded
+            return self.expansion(coarse).flatten(1, 2)
         rows = self.rows_norm(coarse)
         query = self.expanded_norm(self.expansion(rows).flatten(1, 2)) + x
-        refined: Tensor = self.refinement(query, rows, biases)
-        return refined
+        return self.refinement(query, rows, biases)
 
 
 class Valley(nn.Module):
@@ -266,13 +263,12 @@ class Valley(nn.Module):
         self.shortening = Shortening(config, self.factor, self.group)
         self.middle = Level(config, scales[1:])
         self.upsampling = Upsampling(config, self.group)
-        self.norm = nn.LayerNorm(config.d_model)
+        self.norm = layer_norm(config)
 
     def forward(self, x: Tensor, biases: Biases) -> Tensor:
         shifted = torch.cat([x.new_zeros(x.shape[0], self.group - 1, x.shape[2]), x], dim=1)[:, : x.shape[1]]
         coarse = self.middle(self.shortening(shifted, biases), biases)
-        out: Tensor = x + self.norm(self.upsampling(coarse, x, biases))
-        return out
+        return x + self.norm(self.upsampling(coarse, x, biases))
 
 
 class Level(nn.Module):

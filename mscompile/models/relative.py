@@ -43,7 +43,7 @@ class Geometry:
         causal = index >= 0
         return causal if self.window is None else causal & (index < self.window)
 
-    def distances(self, count: int | torch.SymInt, device: torch.device | None = None) -> Tensor:
+    def distances(self, count: int, device: torch.device | None = None) -> Tensor:
         """Signed distances of table entries n = 0 .. count-1, in tokens, shape (D,)."""
         rows = torch.arange(count, device=device) - self.offset
         if self.clamp is not None:
@@ -130,8 +130,7 @@ class RelativeAttention(nn.Module):
 
     def merge(self, mixed: Tensor) -> Tensor:
         """(B, H, T, d_head) -> (B, T, d_model)."""
-        merged: Tensor = self.output(mixed.transpose(1, 2).flatten(-2))
-        return merged
+        return self.output(mixed.transpose(1, 2).flatten(-2))
 
     def encode(self, distance: Tensor) -> Tensor:
         """Signed distances (D,) -> sinusoids (D, d_model), the same for every layer."""

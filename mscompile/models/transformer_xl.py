@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mscompile.models.family import Family, ReferenceModel, require, require_positive
+from mscompile.models.family import Family, ReferenceModel, require, require_dropout, require_positive, require_switch
 from mscompile.models.relative import Biases, Geometry, RelativeAttention
 
 
@@ -45,15 +45,15 @@ class TransformerXLConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        require_positive(
-            self, "vocab_size", "n_layer", "d_model", "n_head", "d_head", "d_inner", "mem_len", "tgt_len"
-        )
+        require_positive(self, "vocab_size", "n_layer", "d_model", "n_head", "d_head", "d_inner", "mem_len", "tgt_len")
         require(self.d_model % 2 == 0, f"d_model must be even for sinusoid positions, not {self.d_model}")
-        require(self.clamp_len is None or self.clamp_len >= 1, f"clamp_len must be at least 1, not {self.clamp_len}")
+        if self.clamp_len is not None:
+            require_positive(self, "clamp_len")
+        require_switch(self, "same_length", "pre_norm", "tie_embedding")
         require(
             not self.same_length or self.mem_len >= 2, f"same_length needs mem_len of at least 2, not {self.mem_len}"
         )
-        require(0.0 <= self.dropout < 1.0, f"dropout must lie in [0, 1), not {self.dropout}")
+        require_dropout(self.dropout)
 
     @property
     def geometry(self) -> Geometry:
@@ -81,8 +81,7 @@ class TransformerXLLayer(nn.Module):
 
     def attention_input(self, rows: Tensor) -> Tensor:
         """What W_q, W_k and W_v are applied to, row by row."""
-        normed: Tensor = self.attention_norm(rows) if self.pre_norm else rows
-        return normed
+        return self.attention_norm(rows) if self.pre_norm else rows
 
     def combine(self, h: Tensor, attended: Tensor) -> Tensor:
         """Both residuals and the feed-forward: (B, T, d_model) each."""
@@ -90,8 +89,7 @@ class TransformerXLLayer(nn.Module):
         if self.pre_norm:
             return h + self.feed_forward(self.feed_forward_norm(h))
         h = self.attention_norm(h)
-        out: Tensor = self.feed_forward_norm(h + self.feed_forward(h))
-        return out
+        return self.feed_forward_norm(h + self.feed_forward(h))
 
     def forward(self, h: Tensor, mems: Tensor, biases: Biases) -> Tensor:
         """h (B, T, d_model), mems (B, M, d_model) -> (B, T, d_model)."""
@@ -152,14 +150,12 @@ class TransformerXL(ReferenceModel):
     def advance(self, tokens: Tensor, carry: Any = None) -> tuple[Tensor, Any]:
         """Segment by segment with the published memories; a segment begun before is run again from its start."""
         mems, begun = carry or (self.empty_mems(tokens.shape[0]), tokens[:, :0])
-        logits = []
+        logits, rest = [], begun
         for segment in torch.cat([begun, tokens], dim=1).split(self.config.tgt_len, dim=1):
             segment_logits, new_mems = self(segment, mems)
             logits.append(segment_logits)
-            complete = segment.shape[1] == self.config.tgt_len
-            if complete or self.config.same_length:
-                mems = new_mems
-        rest = segment[:, :0] if complete or self.config.same_length else segment
+            final = self.config.same_length or segment.shape[1] == self.config.tgt_len
+            mems, rest = (new_mems, segment[:, :0]) if final else (mems, segment)
         return torch.cat(logits, dim=1)[:, -tokens.shape[1] :], (mems, rest)
 
     def select(self, carry: Any, rows: list[int]) -> Any:
