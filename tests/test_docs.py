@@ -10,9 +10,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tomllib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +28,7 @@ FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]\n]*\]\(([^)\s]+)\)|src=\"([^\"]+)\"")
 RUN = ("bash", "python")
 PRELUDE = 'set -euo pipefail\nmscompile() { "$PYTHON" -m mscompile.cli "$@"; }\n'
-BLOCK_SECONDS = 480
+BLOCK_SECONDS = 900
 
 
 @dataclass(frozen=True)
@@ -66,19 +68,27 @@ RUNNABLE = [document for document in DOCUMENTS if any(block.language in RUN for 
 @pytest.mark.parametrize("document", RUNNABLE, ids=relative)
 def test_blocks_run(document: Path, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("__pycache__", "*.msc"))
+    for block in blocks(document):
+        if block.language in RUN:
+            code, output = run(block, tmp_path)
+            assert code == 0, f"{relative(document)}:{block.line} ended with {code}\n{output}"
+
+
+def run(block: Block, directory: Path) -> tuple[int, str]:
+    """Exit code and all output of a block; nothing that it started is left when its time is up."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path, "PYTHON": sys.executable}
-    for block in blocks(document):
-        if block.language not in RUN:
-            continue
-        command = (
-            ["bash", "-c", PRELUDE + block.text] if block.language == "bash" else [sys.executable, "-c", block.text]
-        )
-        done = subprocess.run(
-            command, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            timeout=BLOCK_SECONDS, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, f"{relative(document)}:{block.line}\n{done.stdout}\n{done.stderr}"
+    command = ["bash", "-c", PRELUDE + block.text] if block.language == "bash" else [sys.executable, "-c", block.text]
+    with subprocess.Popen(
+        command, cwd=directory, env=environment, start_new_session=True, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ) as process:  # fmt: skip
+        try:
+            output, _ = process.communicate(timeout=BLOCK_SECONDS)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, output
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=relative)

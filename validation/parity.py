@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mscompile.contracts import Array, Session, StateSpec, StreamSpec
-from mscompile.errors import GateFailed
+from mscompile.errors import GateFailed, MsCompileError
 from validation.rollouts import Rollout
 
 NewSession = Callable[[int], Session]  # batch -> session at position 0
@@ -341,7 +341,10 @@ def _snapshot_faults(new_session: NewSession, rollout: Rollout) -> list[str]:
     session.step(tokens[:, :11])
     saved = session.state()
     first = session.step(tokens[:, 11:])
-    session.restore(saved)
+    try:
+        session.restore(saved)
+    except MsCompileError as error:
+        return [f"snapshot: a session does not take its own back: {error}"]
     again = session.step(tokens[:, 11:])
     return [] if np.array_equal(first, again) else ["snapshot: a restored session does not repeat itself"]
 

@@ -1,0 +1,75 @@
+"""Tiny trained-format checkpoints and the bundles compiled from them, made once a test run."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import cases
+import pytest
+import torch
+
+from mscompile import checkpoint
+from mscompile.contracts import Profile
+
+if TYPE_CHECKING:
+    from mscompile.pipeline import Options
+
+VOCAB = ("\n", " ", *string.ascii_lowercase)
+STEPS = 64
+MadeOnce = Callable[[str, Callable[[Path], object]], Path]
+
+MODELS = {
+    "transformer-xl": lambda: cases.transformer_xl(
+        torch.float32, vocab_size=len(VOCAB), n_layer=1, mem_len=4, same_length=True
+    ),
+    "hourglass": lambda: cases.hourglass(torch.float32, vocab_size=len(VOCAB), context=64),
+}
+
+
+def save(family: str, path: Path) -> None:
+    checkpoint.save(path, family, MODELS[family](), VOCAB)
+
+
+def options(**changes: object) -> Options:
+    """Small and quick, unless a test says otherwise."""
+    from mscompile.pipeline import Options
+
+    usual = {"profile": Profile(1, 3, 16), "steps": STEPS}
+    return Options(**{**usual, **changes})  # type: ignore[arg-type]
+
+
+def compile_to(path: Path, source: Path) -> None:
+    from mscompile.pipeline import compile_checkpoint
+
+    compile_checkpoint(source, ["ort"], path, options())
+
+
+@pytest.fixture(scope="session", params=MODELS)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def trained(made_once: MadeOnce) -> Path:
+    """A tiny Transformer-XL checkpoint."""
+    return made_once("transformer-xl.pt", lambda path: save("transformer-xl", path))
+
+
+@pytest.fixture(scope="session")
+def compiled(made_once: MadeOnce, trained: Path) -> Path:
+    """Its verified bundle for ONNX Runtime."""
+    return made_once("transformer-xl.msc", lambda path: compile_to(path, trained))
+
+
+@pytest.fixture(scope="session")
+def checkpoint_of(made_once: MadeOnce, family: str) -> Path:
+    return made_once(f"{family}.pt", lambda path: save(family, path))
+
+
+@pytest.fixture(scope="session")
+def bundle_of(made_once: MadeOnce, family: str, checkpoint_of: Path) -> Path:
+    """The bundle of each family in turn."""
+    return made_once(f"{family}.msc", lambda path: compile_to(path, checkpoint_of))
