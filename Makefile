@@ -23,7 +23,8 @@ demo: $(READY)
 	$(BIN)/python examples/demo.py
 
 # One compute thread a test process: two processes of several threads each would wait for one another.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS)
+# A file's tests stay in one process, since they share what they export.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 test: quick
 	$(PYTEST) --slow -m slow
@@ -40,17 +41,8 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-EXAMPLES := transformer-xl hourglass
-
-bench: $(EXAMPLES:%=build/%.msc)
-	mkdir -p benchmarks/results
-	for name in $(EXAMPLES); do \
-	    $(BIN)/mscompile bench build/$$name.msc --engine ort --reference examples/$$name.pt --json \
-	        | tee benchmarks/results/$$name.json; \
-	done
-
-build/%.msc: examples/%.pt $(READY)
-	$(BIN)/mscompile export --model $< --target ort --tokens examples/held-out.txt --out $@ --force
+bench: $(READY)
+	$(BIN)/python benchmarks/run.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

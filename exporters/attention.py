@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from exporters.stream import Call, Scope, StreamModule, TypeRule
-from mscompile.models.relative import Keys, RelativeAttention, attend
+from mscompile.models.relative import Keys, RelativeAttention, Sight, attend
 
 
 @dataclass(frozen=True)
@@ -52,30 +52,30 @@ class CachedAttention(StreamModule):
         """
         module, geometry = self.module, self.module.geometry
         where = (geometry, self.cadence)
-        index, written = call.once(("remembered", where), lambda: self._remembered(x, call))
-        runs = [Keys(call.read(self.key), call.read(self.value), index, written)]
+        remembered = call.once(("remembered", where), lambda: self._remembered(x, call))
+        runs = [Keys(call.read(self.key), call.read(self.value), remembered)]
         if rows is not None:
             key, value = module.heads(module.key(rows)), module.heads(module.value(rows))
             call.write(self.key, key)
             call.write(self.value, value)
-            index, visible = call.once(("new", where), lambda: self._new(x, rows))
-            runs.append(Keys(key, value, index, visible))
+            runs.append(Keys(key, value, call.once(("new", where), lambda: self._new(x, rows))))
         encoded = call.once(("positions", where), lambda: module.encode(geometry.distances(self.table_size, x.device)))
         return module.merge(attend(module.heads(module.query(x)), runs, module.table(encoded), call.biases))
 
-    def _remembered(self, x: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        """Table entries (B, T, capacity) of the slots, and which of them are written, (B, 1, capacity)."""
+    def _remembered(self, x: Tensor, call: Call) -> Sight:
+        """The slots of the states: those that were written are seen by every query."""
         first_query = call.rows_before(self.cadence.query)
         count = call.rows_before(self.cadence.key) * self.cadence.keys
         queries = first_query[:, None] + torch.arange(x.shape[1], device=x.device)[None, :]
         slots = torch.arange(self.capacity, device=x.device)[None, None, :]
-        return self.module.geometry.index(queries[:, :, None], slots), slots < count[:, None, None]
+        index = self.module.geometry.index(queries[:, :, None], slots)
+        return Sight.of(index, slots < count[:, None, None], self.table_size)
 
-    def _new(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Table entries and visibility (1, T, S) of the rows of this call."""
+    def _new(self, x: Tensor, rows: Tensor) -> Sight:
+        """The rows of this call."""
         queries = torch.arange(x.shape[1], device=x.device)[:, None]
         index = self.module.geometry.index(queries, torch.arange(rows.shape[1], device=x.device)[None, :])[None]
-        return index, self.module.geometry.visible(index)
+        return Sight.of(index, self.module.geometry.visible(index), self.table_size)
 
 
 def _build(module: RelativeAttention, scope: Scope) -> StreamModule:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from exporters.stream import Call, Scope, StreamModule, TypeRule
-from mscompile.models.relative import Keys, attend
+from mscompile.models.relative import Keys, Sight, attend
 from mscompile.models.transformer_xl import TransformerXLLayer
 
 
@@ -30,22 +30,14 @@ class _RecurrentLayer(StreamModule):
         super().__init__()
         self.layer = layer
 
-    def attend(self, h: Tensor, context: Tensor, index: Tensor, visible: Tensor, reach: int, call: Call) -> Tensor:
+    def attend(self, h: Tensor, context: Tensor, sight: Sight, distances: Tensor, call: Call) -> Tensor:
         """The layer's output for the last rows of `context`, which are those of h."""
         attention = self.layer.attention
         rows = self.layer.attention_input(context)
-        key, value = attention.heads(attention.key(rows)), attention.heads(attention.value(rows))
         query = attention.heads(attention.query(rows[:, context.shape[1] - h.shape[1] :]))
-        aligned = call.single and index.shape[0] == 1  # one query sees one distance a key: no shift is needed
-        encoded = call.once("positions", lambda: self._positions(index if aligned else None, reach))
-        keys = Keys(key, value, None if aligned else index, visible)
-        return self.layer.combine(h, attention.merge(attend(query, [keys], attention.table(encoded), call.biases)))
-
-    def _positions(self, index: Tensor | None, reach: int) -> Tensor:
-        """Sinusoids of all distances, or of the distance of each key."""
-        attention = self.layer.attention
-        distances = attention.geometry.distances(reach, attention.query.weight.device)
-        return attention.encode(distances if index is None else distances[index[0, 0].clamp(0, reach - 1)])
+        keys = Keys(attention.heads(attention.key(rows)), attention.heads(attention.value(rows)), sight)
+        table = attention.table(call.once("positions", lambda: attention.encode(distances)))
+        return self.layer.combine(h, attention.merge(attend(query, [keys], table, call.biases)))
 
 
 class RollingLayer(_RecurrentLayer):
@@ -62,17 +54,21 @@ class RollingLayer(_RecurrentLayer):
         remembered = self.window - 1
         context = torch.cat([call.read(self.mems), h], dim=1)
         call.write(self.mems, context[:, -remembered:])
-        index, visible = call.once("keys", lambda: self._keys(h, call))
-        return self.attend(h, context, index, visible, self.window, call)
+        sight, distances = call.once("sight", lambda: self._sight(h, call))
+        return self.attend(h, context, sight, distances, call)
 
-    def _keys(self, h: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        """Table entries (1, T, S) of [mems ; h], and what each row sees of them, (B, T, S)."""
+    def _sight(self, h: Tensor, call: Call) -> tuple[Sight, Tensor]:
+        """How h sees [mems ; h], and the distances in the table of positions."""
         remembered, geometry = self.window - 1, self.layer.attention.geometry
         queries = torch.arange(h.shape[1], device=h.device)[:, None] + remembered
         keys = torch.arange(remembered + h.shape[1], device=h.device)[None, :]
         index = geometry.index(queries, keys)[None]
         filled = keys >= remembered - call.position[:, None]
-        return index, geometry.visible(index) & filled[:, None, :]
+        visible = geometry.visible(index) & filled[:, None, :]
+        distances = geometry.distances(self.window, h.device)
+        if call.single:  # one query sees one distance a key: a table in the order of the keys needs no shift
+            return Sight(None, ~visible[:, None]), distances[index[0, 0]]
+        return Sight.of(index, visible, self.window), distances
 
 
 class SegmentLayer(_RecurrentLayer):
@@ -87,11 +83,11 @@ class SegmentLayer(_RecurrentLayer):
         """(B, T, d) -> (B, T, d)."""
         context = torch.cat([call.read(self.mems), call.read(self.segment), h], dim=1)
         call.write(self.segment, h)
-        index, visible = call.once("keys", lambda: self._keys(h, call))
-        return self.attend(h, context, index, visible, self.mem_len + self.tgt_len, call)
+        sight, distances = call.once("sight", lambda: self._sight(h, call))
+        return self.attend(h, context, sight, distances, call)
 
-    def _keys(self, h: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-        """Table entries of [mems ; segment ; h] and what each row sees of them, (B, T, S) both."""
+    def _sight(self, h: Tensor, call: Call) -> tuple[Sight, Tensor]:
+        """How h sees [mems ; segment ; h], and the distances in the table of positions."""
         phase = (call.position % self.tgt_len)[:, None]  # tokens of this segment before the call, (B, 1)
         new = torch.arange(h.shape[1], device=h.device)
         old = torch.arange(self.mem_len + self.tgt_len, device=h.device)
@@ -100,9 +96,10 @@ class SegmentLayer(_RecurrentLayer):
         queries = (self.mem_len + phase + new[None, :])[:, :, None]  # (B, T, 1)
         filled = (old >= self.mem_len - (call.position[:, None] - phase)) & (old < self.mem_len + phase)
         written = torch.cat([filled, (new >= 0)[None, :].expand(phase.shape[0], -1)], dim=1)
-        index = self.layer.attention.geometry.index(queries, keys[:, None, :])
-        visible = self.layer.attention.geometry.visible(index) & written[:, None, :]
-        return index, visible
+        geometry, reach = self.layer.attention.geometry, self.mem_len + self.tgt_len
+        index = geometry.index(queries, keys[:, None, :])
+        visible = geometry.visible(index) & written[:, None, :]
+        return Sight.of(index, visible, reach), geometry.distances(reach, h.device)
 
     def close(self, call: Call) -> None:
         """End a segment of tgt_len tokens."""

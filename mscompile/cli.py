@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,9 +45,8 @@ FamilyName = Annotated[str, typer.Option("--family", help="The model's family; a
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens.")] = False,
 ) -> None:
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     _state["debug"] = debug
 
 
@@ -70,6 +71,7 @@ def export(
     steps: Annotated[int, typer.Option("--steps", help="Tokens a row in the long parity rollouts.")] = 2048,
     validate: Annotated[bool, typer.Option(help="Roll every engine out against the original.")] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show which rules and passes did what.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Compile a trained checkpoint into a verified bundle."""
@@ -86,6 +88,10 @@ def export(
         return
     from validation import render
 
+    if verbose:
+        hits = {"rules": bundle.manifest.rules, "passes": bundle.manifest.passes}
+        for table in render.hit_tables({name: codec.encode(found) for name, found in hits.items()}):
+            _print(table)
     for report in _reports(bundle):
         _print(render.parity_table(report))
     for engine, facts in bundle.manifest.engines.items():
@@ -111,6 +117,8 @@ def validate(
     from mscompile import codec
     from mscompile.runtime import open_bundle
 
+    if unfinished:
+        threading.Thread(target=_end_with_the_parent, daemon=True).start()
     opened = open_bundle(bundle, unfinished=unfinished)
     names = engine or _runnable(opened)
     with _progress() as progress:
@@ -276,6 +284,12 @@ def _batch_range(text: str) -> tuple[int, int]:
         return (int(least), int(most)) if colon else (1, int(most))
     except ValueError as error:
         raise UsageError(f"--batch must read LEAST:MOST, for example 1:8, not {text!r}") from error
+
+
+def _end_with_the_parent() -> None:
+    """Wait for the end of stdin, which an export holds open while it lives."""
+    sys.stdin.read()
+    os._exit(1)
 
 
 def _runnable(opened: Bundle) -> list[str]:

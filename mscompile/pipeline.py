@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -204,13 +205,19 @@ def _verify_in_fresh_process(directory: Path, engine: str, reference: Path, opti
     command = [sys.executable, "-m", "mscompile.cli", "validate", str(directory), "--engine", engine]
     command += ["--reference", str(reference), "--family", options.family, "--steps", str(options.steps)]
     command += ["--json", "--unfinished"] + (["--tokens", str(options.text)] if options.text else [])
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    # The pipe to its stdin ends when this process does, however it ends, and then so does the child.
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True) as child,
+    ):
+        assert child.stdout is not None
+        answer, code = child.stdout.read(), child.wait()
+        errors.seek(0)
+        said = errors.read().strip()[-500:]
     try:
-        report: dict[str, Any] = json.loads(ended.stdout)["reports"][0]
+        report: dict[str, Any] = json.loads(answer)["reports"][0]
     except (ValueError, KeyError, IndexError) as error:
-        raise MsCompileError(
-            f"the process that verifies {engine} ended with code {ended.returncode}: {ended.stderr.strip()[-500:]}"
-        ) from error
+        raise MsCompileError(f"the process that verifies {engine} ended with code {code}: {said}") from error
     if report["failures"]:
         raise GateFailed(f"{engine} is not the original model: {report['failures'][0]}; no bundle was written")
     return report

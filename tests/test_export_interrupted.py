@@ -96,8 +96,14 @@ def test_a_gate_that_fails_leaves_nothing(trained: Path, tmp_path: Path, monkeyp
     from mscompile.errors import GateFailed
 
     report = '{"reports": [{"failures": ["text: logits: max abs error 0.5 exceeds 0.001"]}]}'
-    ended = subprocess.CompletedProcess([], 1, stdout=report, stderr="")
-    monkeypatch.setattr(pipeline.subprocess, "run", lambda *_, **__: ended)
+    script = f"import sys; print({report!r}); sys.exit(1)"
+    start = subprocess.Popen
+
+    def failing(command: list[str], **options: object) -> subprocess.Popen[str]:
+        assert command[1:4] == ["-m", "mscompile.cli", "validate"]
+        return start([sys.executable, "-c", script], **options)  # type: ignore[call-overload, no-any-return]
+
+    monkeypatch.setattr(pipeline.subprocess, "Popen", failing)
     with pytest.raises(GateFailed, match=r"max abs error 0\.5 exceeds 0\.001; no bundle was written") as caught:
         pipeline.compile_checkpoint(trained, ["ort"], tmp_path / "model.msc", options())
     assert caught.value.exit_code == 1

@@ -327,8 +327,9 @@ def _faults(tensor: TensorParity, tolerance: Tolerance) -> list[str]:
             ("norm ratio error", abs(tensor.norm_ratio - 1), tolerance.max_norm_ratio_error),
             ("argmax disagreement", 1 - (tensor.argmax_agreement or 0.0), 1 - tolerance.min_argmax_agreement),
         ]
+    where = f"largest error {tensor.max_abs:.3g} at {tensor.worst}"
     return [
-        f"{tensor.rollout}: {tensor.tensor}: {what} {value:.3g} exceeds {limit:.3g}; largest error {tensor.max_abs:.3g} at {tensor.worst}"
+        f"{tensor.rollout}: {tensor.tensor}: {what} {value:.3g} exceeds {limit:.3g}; {where}"
         for what, value, limit in limits
         if value is not None and not value <= limit
     ]

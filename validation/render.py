@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from validation.latency import Latency, ScheduleGain
@@ -83,7 +84,7 @@ def fields_table(title: str, fields: Mapping[str, object]) -> RenderableType:
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")
     for name, value in fields.items():
-        table.add_row(name, str(value))
+        table.add_row(escape(name), escape(str(value)))
     return table
 
 
@@ -92,7 +93,7 @@ def rows_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[objec
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*(str(cell) for cell in row))
+        table.add_row(*(escape(str(cell)) for cell in row))
     return table
 
 
@@ -112,6 +113,12 @@ def inspection_tables(title: str, facts: Mapping[str, Any]) -> list[RenderableTy
     if states := facts.get("states"):
         columns = ("name", "dtype", "shape", "update")
         tables.append(rows_table("states", columns, [[state[column] for column in columns] for state in states]))
+    return [*tables, *hit_tables(facts)]
+
+
+def hit_tables(facts: Mapping[str, Any]) -> list[RenderableType]:
+    """What each rule and pass did, or why it did not."""
+    tables: list[RenderableType] = []
     for name in ("rules", "passes"):
         if hits := facts.get(name):
             told = [(h["name"], h["place"], "applied" if h["applied"] else "refused", h["reason"]) for h in hits]

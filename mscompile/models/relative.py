@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -72,16 +73,28 @@ class Biases:
 
 
 @dataclass(frozen=True)
-class Keys:
-    """A run of keys: k, v (B, H, S, d_head), their table entries and visibility, (1 or B, T, S).
+class Sight:
+    """How queries see a run of keys: table entries and what is hidden, (1 or B, 1, T, S) each.
 
     `index` None says that the table already has one entry a key, in the order of the keys.
     """
 
+    index: Tensor | None
+    hidden: Tensor
+
+    @classmethod
+    def of(cls, index: Tensor, visible: Tensor, table_size: int) -> Sight:
+        """From n(i, j) and visibility, (1 or B, T, S); entries outside the table belong to hidden keys."""
+        return cls(index.clamp(0, table_size - 1)[:, None], ~visible[:, None])
+
+
+@dataclass(frozen=True)
+class Keys:
+    """A run of keys: k, v (B, H, S, d_head), and how they are seen."""
+
     key: Tensor
     value: Tensor
-    index: Tensor | None
-    visible: Tensor
+    sight: Sight
 
 
 def attend(query: Tensor, runs: Sequence[Keys], table: Tensor, biases: Biases) -> Tensor:
@@ -96,15 +109,15 @@ def attend(query: Tensor, runs: Sequence[Keys], table: Tensor, biases: Biases) -
     if len(runs) == 1:
         return scores[0].softmax(dim=-1) @ runs[0].value
     weights = torch.cat(scores, dim=-1).softmax(dim=-1).split([run.key.shape[2] for run in runs], dim=-1)
-    return torch.stack([weight @ run.value for weight, run in zip(weights, runs, strict=True)]).sum(dim=0)
+    first, *others = (weight @ run.value for weight, run in zip(weights, runs, strict=True))
+    return reduce(torch.add, others, first)
 
 
 def _scores(by_content: Tensor, by_position: Tensor, run: Keys) -> Tensor:
-    if run.index is not None:
-        index = run.index.clamp(0, by_position.shape[-1] - 1)[:, None]  # (1 or B, 1, T, S)
-        by_position = by_position.gather(3, index.expand(*by_content.shape[:2], -1, -1))
+    if run.sight.index is not None:
+        by_position = by_position.gather(3, run.sight.index.expand(*by_content.shape[:2], -1, -1))
     scores = by_content @ run.key.transpose(-1, -2) + by_position
-    return scores.masked_fill(~run.visible[:, None], torch.finfo(scores.dtype).min)
+    return scores.masked_fill(run.sight.hidden, torch.finfo(scores.dtype).min)
 
 
 class RelativeAttention(nn.Module):
@@ -144,7 +157,8 @@ class RelativeAttention(nn.Module):
         rows, columns, geometry = x.shape[1], context.shape[1], self.geometry
         query_rows = torch.arange(query_start, query_start + rows, device=x.device)
         index = geometry.index(query_rows[:, None], torch.arange(columns, device=x.device)[None, :])[None]
-        keys = Keys(self.heads(self.key(context)), self.heads(self.value(context)), index, geometry.visible(index))
-        distances = geometry.distances(geometry.table_size(query_start + rows - 1), x.device)
-        table = self.table(self.encode(distances))
+        table_size = geometry.table_size(query_start + rows - 1)
+        sight = Sight.of(index, geometry.visible(index), table_size)
+        keys = Keys(self.heads(self.key(context)), self.heads(self.value(context)), sight)
+        table = self.table(self.encode(geometry.distances(table_size, x.device)))
         return self.merge(attend(self.heads(self.query(x)), [keys], table, biases))
