@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -87,22 +86,22 @@ def build(model: ReferenceModel, profile: Profile, context: int | None = None) -
     root: Root = Scope("", 1, context, dtype, RULES, hits).stream(model, "")
     factors = root.all_factors()
     schedule = _schedule(root.segment, factors, profile.max_chunk)
-    graphs = {}
-    for tick in schedule.ticks:
-        for name in tick.graphs:
-            coarsest = int(name.rpartition("_")[2]) if factors else 1
-            graphs[name] = GraphModule(root, name, _divides(coarsest))
-        for name in tick.closing:
-            graphs[name] = GraphModule(root, name, _divides(1))
+    graphs = {_decode(coarsest, factors): _divides(coarsest) for coarsest in (1, *factors)}
+    if root.segment is not None:
+        graphs[CLOSE] = _divides(1)
     if schedule.prefill:
-        graphs[PREFILL] = GraphModule(root, PREFILL, lambda _: True)
-    states = root.states()
+        graphs[PREFILL] = lambda _: True
+    modules = {name: GraphModule(root, name, due).eval() for name, due in sorted(graphs.items())}
     vocab_size = int(model.config.vocab_size)
-    root.eval()
-    graphs = {name: graph.eval() for name, graph in sorted(graphs.items())}
-    specs = tuple(_graph_spec(graph, dtype, schedule.chunk_multiple, vocab_size) for graph in graphs.values())
-    spec = StreamSpec(states, specs, schedule, vocab_size, profile.max_batch, context if root.bounded else None)
-    return StreamProgram(root, graphs, spec, tuple(hits))
+    specs = tuple(_graph_spec(module, dtype, schedule.chunk_multiple, vocab_size) for module in modules.values())
+    limit = context if root.bounded else None
+    spec = StreamSpec(root.states(), specs, schedule, vocab_size, profile.max_batch, limit)
+    return StreamProgram(root, modules, spec, tuple(hits))
+
+
+def _decode(coarsest: int, factors: Sequence[int]) -> str:
+    """The name of the graph for a token at which rows of up to `coarsest` tokens begin."""
+    return f"{DECODE}_{coarsest}" if factors else DECODE
 
 
 def _divides(coarsest: int) -> Callable[[int], bool]:
@@ -115,15 +114,11 @@ def _schedule(segment: int | None, factors: Sequence[int], max_chunk: int) -> Sc
             raise Refusal("a model with both segments and coarser scales has no schedule yet")
         whole = Tick((DECODE,), repeat=segment - 1)
         last = Tick((DECODE,), closing=(CLOSE,))
-        ticks: tuple[Tick, ...] = (whole, last) if segment > 1 else (last,)
         longest = min(max_chunk, segment)
-        return Schedule(ticks, PREFILL if longest > 1 else None, 1, longest)
+        return Schedule((whole, last) if segment > 1 else (last,), PREFILL if longest > 1 else None, 1, longest)
     period = factors[-1] if factors else 1
-    names = []
-    for phase in range(period):
-        due = [factor for factor in (1, *factors) if phase % factor == 0]
-        names.append(f"{DECODE}_{due[-1]}" if factors else DECODE)
-    ticks = tuple(Tick((name,), repeat=len(list(run))) for name, run in groupby(names))
+    due = [max(factor for factor in (1, *factors) if phase % factor == 0) for phase in range(period)]
+    ticks = tuple(Tick((_decode(coarsest, factors),), repeat=len(list(run))) for coarsest, run in groupby(due))
     longest = max_chunk - max_chunk % period
     return Schedule(ticks, PREFILL if longest > 1 else None, period, longest)
 
@@ -182,8 +177,3 @@ class EagerExecutor:
                     target.copy_(value)
 
         return run
-
-
-def export_path(directory: Path, graph: str) -> Path:
-    """Where a graph's ONNX file lies in a directory of graphs."""
-    return directory / f"{graph}.onnx"

@@ -55,10 +55,10 @@ class Scope:
         for rule in self.rules:
             if rule.matches(module):
                 streaming = rule.stream(module, scope)
-                self.hits.append(Hit(rule.name, scope.name, True, rule.why))
+                self.hits.append(Hit(rule.name, scope.name or "model", True, rule.why))
                 return streaming
         known = ", ".join(rule.name for rule in self.rules)
-        raise Refusal(f"{scope.name}: no rule streams a {type(module).__name__} (rules: {known})")
+        raise Refusal(f"{scope.name or 'model'}: no rule streams a {type(module).__name__} (rules: {known})")
 
 
 class Rule(Protocol):

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -35,7 +34,7 @@ from validation.parity import TOLERANCES
 
 GOLDEN_TOKENS = 192
 GOLDEN_LOGITS = 4_000_000  # numbers a golden rollout may hold, which shortens it for large vocabularies
-TOOLS = ("torch", "onnx", "onnxscript", "onnx-ir")
+TOOLS = ("mscompile", "torch", "onnx", "onnxscript", "onnx-ir")
 
 Progress = Callable[[str, int, int], None]  # what begins now, steps done, steps in all
 
@@ -70,11 +69,10 @@ def compile_checkpoint(
     path = Path(model)
     target = Path(out) if out is not None else path.with_suffix(".msc")
     chosen = _engines(targets, options)
-    with ExitStack() as stack:
-        track = _Track(progress)
+    track = _Track(progress)
+    with writing(target, options.force) as directory:
         track("reading the checkpoint")
         trained = checkpoint.load(path, options.family)
-        directory = stack.enter_context(writing(target, options.force))
         track("making the streaming form")
         stream = program.build(trained.model, options.profile, options.context)
         track.expect(2 * len(stream.graphs) + (2 if options.validate else 1) * len(chosen) + 2)
@@ -89,31 +87,10 @@ def compile_checkpoint(
         if tokenizer := _tokenizer(trained.vocab):
             tokenizer.save(directory / bundle.TOKENIZER)
         facts = {engine.name: _build(engine, directory, stream, options, track) for engine in chosen}
-        manifest = bundle.Manifest(
-            name=path.stem,
-            title=trained.family.title,
-            family=trained.family.name,
-            precision=options.precision,
-            verified=False,
-            source=_source(path, trained),
-            versions={"mscompile": version("mscompile"), **{tool: version(tool) for tool in TOOLS}},
-            profile=options.profile,
-            engines=facts,
-            costs={name: cost.flops(graph) for name, graph in models.items() if stream.spec.graph(name).tokens == 1},
-            tolerances=asdict(TOLERANCES[options.precision]),
-            parity=None,
-            rules=stream.hits,
-            passes=hits,
-            spec=stream.spec,
-        )
-        bundle.seal(directory, manifest)
+        manifest = bundle.seal(directory, _manifest(path, trained, stream, models, hits, facts, options))
         if options.validate:
-            reports = {}
-            for engine in chosen:
-                track(f"verifying {engine.name}")
-                if engine.cannot_run() is None:
-                    reports[engine.name] = _verify_in_fresh_process(directory, engine.name, path, options)
-            bundle.seal(directory, replace(manifest, parity=reports, verified=bool(reports)))
+            parity = _verify(chosen, directory, path, options, track)
+            bundle.seal(directory, replace(manifest, parity=parity, verified=bool(parity)))
         track("done")
     return open_bundle(target)
 
@@ -182,6 +159,36 @@ def _golden(stream: program.StreamProgram, trained: checkpoint.Checkpoint, text:
     return Golden(tuple(recorded))
 
 
+def _manifest(
+    path: Path,
+    trained: checkpoint.Checkpoint,
+    stream: program.StreamProgram,
+    models: dict[str, ir.Model],
+    passes: tuple[Hit, ...],
+    engines: dict[str, dict[str, Any]],
+    options: Options,
+) -> bundle.Manifest:
+    """What is known before verification."""
+    single = [graph.name for graph in stream.spec.graphs if graph.tokens == 1]
+    return bundle.Manifest(
+        name=path.stem,
+        title=trained.family.title,
+        family=trained.family.name,
+        precision=options.precision,
+        verified=False,
+        source=_source(path, trained),
+        versions={tool: version(tool) for tool in TOOLS},
+        profile=options.profile,
+        engines=engines,
+        costs={name: cost.flops(models[name]) for name in single},
+        tolerances=asdict(TOLERANCES[options.precision]),
+        parity=None,
+        rules=stream.hits,
+        passes=passes,
+        spec=stream.spec,
+    )
+
+
 def _written(spec: StreamSpec, snapshot: Snapshot) -> dict[str, Array]:
     """The states, appended ones without the rows that were never written."""
     states = dict(snapshot.states)
@@ -198,6 +205,18 @@ def _build(
     track(f"building {engine.name}")
     out = _made(directory / bundle.ENGINES / engine.name)
     return engine.build(directory / bundle.GRAPHS, out, stream.spec, options.profile)
+
+
+def _verify(
+    engines: Sequence[Engine], directory: Path, reference: Path, options: Options, track: _Track
+) -> dict[str, dict[str, Any]]:
+    """A parity report for each engine that runs on this machine."""
+    reports = {}
+    for engine in engines:
+        track(f"verifying {engine.name}")
+        if engine.cannot_run() is None:
+            reports[engine.name] = _verify_in_fresh_process(directory, engine.name, reference, options)
+    return reports
 
 
 def _verify_in_fresh_process(directory: Path, engine: str, reference: Path, options: Options) -> dict[str, Any]:

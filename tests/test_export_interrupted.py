@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,6 +49,7 @@ def test_kills_at_random_points_leave_no_bundle_that_opens(trained: Path, tmp_pa
     for moment in random.uniform(0.1, 1.0, KILLS):
         fresh = bool(random.integers(2))
         if fresh and out.exists():
+            shutil.rmtree(aside, ignore_errors=True)
             out.rename(aside)
         process = subprocess.Popen(
             command(trained, out),
