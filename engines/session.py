@@ -36,9 +36,8 @@ class _State:
 
     def __init__(self, spec: StateSpec, batch: int) -> None:
         self.spec = spec
-        shape = tuple(dim if isinstance(dim, int) else batch for dim in spec.shape)
         copies = 2 if spec.update == "replace" else 1
-        self.buffers = [np.full(shape, spec.initial, dtype=spec.dtype) for _ in range(copies)]
+        self.buffers = [spec.initial_value(batch) for _ in range(copies)]
         self.current = 0
         self.cursor = np.zeros(batch, dtype=np.int64)  # rows written so far, appended states only
 
@@ -88,7 +87,7 @@ class _State:
         return (*(slice(None),) * self.spec.batch_axis, rows)
 
     def reset(self, rows: Array) -> None:
-        self.value[self._of_rows(rows)] = self.spec.initial
+        self.value[self._of_rows(rows)] = self.spec.initial_value(len(rows))
         self.cursor[rows] = 0
 
 

@@ -138,7 +138,7 @@ def _graph_spec(graph: GraphModule, dtype: torch.dtype, multiple: int, vocab_siz
     for name in graph.writes:
         state = declared[name]
         rows: Dim | None = None
-        if state.time_axis is not None:
+        if state.update == "append" and state.time_axis is not None:
             rows = call.written[name].shape[state.time_axis]
             rows = _per_chunk(rows, length) if graph.name == PREFILL else rows
         outputs.append(state.as_output(rows))

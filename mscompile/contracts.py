@@ -67,7 +67,16 @@ class StateSpec:
     update: Literal["replace", "append"] = "replace"
     time_axis: int | None = None
     batch_axis: int = 0
-    initial: float = 0.0
+    initial: float | tuple[float, ...] = 0.0  # a tuple is one row: all axes but batch and time, row-major
+
+    def initial_value(self, batch: int) -> Array:
+        """The state of `batch` new streams."""
+        shape = tuple(dim if isinstance(dim, int) else batch for dim in self.shape)
+        if isinstance(self.initial, float):
+            return np.full(shape, self.initial, dtype=self.dtype)
+        shared = (self.batch_axis, self.time_axis)
+        row = [1 if axis in shared else size for axis, size in enumerate(shape)]
+        return np.broadcast_to(np.array(self.initial, dtype=self.dtype).reshape(row), shape).copy()
 
     @property
     def input_name(self) -> str:

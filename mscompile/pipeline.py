@@ -19,11 +19,12 @@ import onnx_ir as ir
 from engines import registry
 from engines.session import StreamSession
 from engines.torch_eager import original
-from exporters import check, cost, export, program, weights
-from exporters.passes.table import PASSES
+from exporters import check, cost, derived, export, program, weights
+from exporters.passes import table
+from exporters.passes.base import Outcome
 from mscompile import bundle, checkpoint
 from mscompile.atomic import writing
-from mscompile.contracts import Array, Engine, Hit, Profile, Snapshot, StreamSpec
+from mscompile.contracts import Array, Engine, Profile, Snapshot, StreamSpec
 from mscompile.errors import EngineUnavailable, GateFailed, MsCompileError, UsageError
 from mscompile.golden import Golden
 from mscompile.golden import Rollout as GoldenRollout
@@ -76,18 +77,20 @@ def compile_checkpoint(
         track("making the streaming form")
         stream = program.build(trained.model, options.profile, options.context)
         track.expect(2 * len(stream.graphs) + (2 if options.validate else 1) * len(chosen) + 2)
-        models, hits = _graphs(stream, track)
-        weights.save(models, _made(directory / bundle.GRAPHS))
+        models = _traced(stream, track)
+        passed = table.run(models, stream.spec)
+        graphs = _made(directory / bundle.GRAPHS)
+        weights.save({**models, **derived.models(passed.derived)}, graphs)
         for name in models:
             track(f"checking {name}")
-            check.check_file(directory / bundle.GRAPHS / f"{name}.onnx")
+            check.check_file(graphs / f"{name}.onnx")
         track("recording golden rollouts")
         text = read_text(options.text, trained.vocab)
-        _golden(stream, trained, text).save(directory / bundle.GOLDEN)
+        _golden(stream, passed.spec, graphs, trained, text).save(directory / bundle.GOLDEN)
         if tokenizer := _tokenizer(trained.vocab):
             tokenizer.save(directory / bundle.TOKENIZER)
-        facts = {engine.name: _build(engine, directory, stream, options, track) for engine in chosen}
-        manifest = bundle.seal(directory, _manifest(path, trained, stream, models, hits, facts, options))
+        facts = {engine.name: _build(engine, directory, passed.spec, options, track) for engine in chosen}
+        manifest = bundle.seal(directory, _manifest(path, trained, stream, models, passed, facts, options))
         if options.validate:
             parity = _verify(chosen, directory, path, options, track)
             bundle.seal(directory, replace(manifest, parity=parity, verified=bool(parity)))
@@ -129,32 +132,29 @@ def _engines(targets: Sequence[str], options: Options) -> tuple[Engine, ...]:
     return chosen
 
 
-def _graphs(stream: program.StreamProgram, track: _Track) -> tuple[dict[str, ir.Model], tuple[Hit, ...]]:
-    """Every graph, traced, rewritten by the passes, and held against its GraphSpec after each stage."""
+def _traced(stream: program.StreamProgram, track: _Track) -> dict[str, ir.Model]:
+    """Every graph, held against its GraphSpec."""
     models: dict[str, ir.Model] = {}
-    hits: list[Hit] = []
     for spec in stream.spec.graphs:
         track(f"tracing {spec.name}")
-        model = export.export_graph(stream, spec.name)
-        check.check_interface(model, spec, "export")
-        for rewrite in PASSES:
-            model, new_hits = rewrite.apply(model)
-            hits += new_hits
-            check.check_interface(model, spec, rewrite.name)
-        models[spec.name] = model
-    return models, tuple(hits)
+        models[spec.name] = export.export_graph(stream, spec.name)
+        check.check_interface(models[spec.name], spec, "export")
+    return models
 
 
-def _golden(stream: program.StreamProgram, trained: checkpoint.Checkpoint, text: Array | None) -> Golden:
+def _golden(
+    stream: program.StreamProgram, spec: StreamSpec, graphs: Path, trained: checkpoint.Checkpoint, text: Array | None
+) -> Golden:
     """Reference logits and final states of short rollouts, from the original and the stream program."""
-    length = max(16, min(GOLDEN_TOKENS, GOLDEN_LOGITS // stream.spec.vocab_size))
+    length = max(16, min(GOLDEN_TOKENS, GOLDEN_LOGITS // spec.vocab_size))
+    states_of = derived.DerivedStates(graphs, spec).of
     full, recorded = original(trained.model), []
-    for rollout in rollouts.golden(stream.spec, text, length):
+    for rollout in rollouts.golden(spec, text, length):
         batch = rollout.tokens.shape[0]
         stepped = StreamSession(stream.spec, program.EagerExecutor(stream), batch)
         stepped.step(rollout.tokens)
         chunks = np.array(rollout.chunks, dtype=np.int64)
-        states = _written(stream.spec, stepped.state())
+        states = _written(spec, states_of(stepped.state()))
         recorded.append(GoldenRollout(rollout.name, rollout.tokens, chunks, full(rollout.tokens), states))
     return Golden(tuple(recorded))
 
@@ -164,7 +164,7 @@ def _manifest(
     trained: checkpoint.Checkpoint,
     stream: program.StreamProgram,
     models: dict[str, ir.Model],
-    passes: tuple[Hit, ...],
+    passed: Outcome,
     engines: dict[str, dict[str, Any]],
     options: Options,
 ) -> bundle.Manifest:
@@ -184,8 +184,8 @@ def _manifest(
         tolerances=asdict(TOLERANCES[options.precision]),
         parity=None,
         rules=stream.hits,
-        passes=passes,
-        spec=stream.spec,
+        passes=passed.hits,
+        spec=passed.spec,
     )
 
 
@@ -193,18 +193,16 @@ def _written(spec: StreamSpec, snapshot: Snapshot) -> dict[str, Array]:
     """The states, appended ones without the rows that were never written."""
     states = dict(snapshot.states)
     for state in spec.states:
-        if state.time_axis is not None:
+        if state.update == "append" and state.time_axis is not None:
             rows = np.arange(min(int(snapshot.cursors[state.name].max()), states[state.name].shape[state.time_axis]))
             states[state.name] = states[state.name].take(rows, axis=state.time_axis)
     return states
 
 
-def _build(
-    engine: Engine, directory: Path, stream: program.StreamProgram, options: Options, track: _Track
-) -> dict[str, Any]:
+def _build(engine: Engine, directory: Path, spec: StreamSpec, options: Options, track: _Track) -> dict[str, Any]:
     track(f"building {engine.name}")
     out = _made(directory / bundle.ENGINES / engine.name)
-    return engine.build(directory / bundle.GRAPHS, out, stream.spec, options.profile)
+    return engine.build(directory / bundle.GRAPHS, out, spec, options.profile)
 
 
 def _verify(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from math import prod
 
 from mscompile.contracts import BATCH, CHUNK, GraphSpec, Schedule, StateSpec, StreamSpec, TensorSpec
 
@@ -41,12 +42,16 @@ def _state_faults(state: StateSpec) -> Iterator[str]:
         yield f"state {state.name!r} has batch_axis {state.batch_axis}, where its shape {state.shape} has no {BATCH!r}"
     if [dim for dim in state.shape if isinstance(dim, str)] != [BATCH]:
         yield f"state {state.name!r} has shape {state.shape}, which must be fixed but for {BATCH!r}"
-    if (state.update == "append") != (state.time_axis is not None):
+    if state.update == "append" and state.time_axis is None:
         yield f"state {state.name!r} is {state.update!r} with time_axis {state.time_axis}"
     if state.time_axis is not None and (
         not 0 <= state.time_axis < len(state.shape) or state.time_axis == state.batch_axis
     ):
         yield f"state {state.name!r} has time_axis {state.time_axis}, which its shape {state.shape} lacks"
+    shared = (state.batch_axis, state.time_axis)
+    row = prod(dim for axis, dim in enumerate(state.shape) if axis not in shared and isinstance(dim, int))
+    if isinstance(state.initial, tuple) and len(state.initial) != row:
+        yield f"state {state.name!r} has {len(state.initial)} initial values, where a row has {row}"
 
 
 def _graph_faults(graph: GraphSpec, states: tuple[StateSpec, ...]) -> Iterator[str]:

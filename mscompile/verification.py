@@ -9,7 +9,9 @@ from pathlib import Path
 from engines.session import StreamSession
 from engines.torch_eager import original
 from exporters import program
+from exporters.derived import DerivedSession, DerivedStates
 from mscompile import checkpoint
+from mscompile.bundle import GRAPHS
 from mscompile.errors import UsageError
 from mscompile.pipeline import read_text
 from mscompile.runtime import Bundle
@@ -37,7 +39,8 @@ def verify_against(
         raise UsageError(f"{reference} is not the checkpoint that {bundle.path} was made from: its sha256 differs")
     spec, profile = bundle.spec, bundle.manifest.profile
     stream = program.build(trained.model, profile, spec.max_context)
-    plan = bundle.plan(engine)
+    plan, executor = bundle.plan(engine), program.EagerExecutor(stream)
+    derived = DerivedStates(bundle.path / GRAPHS, spec)
     chosen = rollouts.standard(spec, read_text(text, trained.vocab), steps)
     total, done = sum(rollout.tokens.size for rollout in chosen), 0
 
@@ -52,7 +55,7 @@ def verify_against(
         spec,
         plan.session,
         original(trained.model),
-        lambda batch: StreamSession(stream.spec, program.EagerExecutor(stream), batch),
+        lambda batch: DerivedSession(StreamSession(stream.spec, executor, batch), derived),
         chosen,
         consumed,
     )

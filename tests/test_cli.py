@@ -64,9 +64,11 @@ def test_inspect_a_bundle(run: Run, compiled: Path) -> None:
     assert code == 0
     assert (facts["kind"], facts["family"], facts["verified"]) == ("bundle", "transformer-xl", True)
     assert facts["engines"] == {"ort": "verified"}
-    assert [state["name"] for state in facts["states"]] == ["layer00.mems"]
+    assert [state["name"] for state in facts["states"]] == ["layer00.mems.key", "layer00.mems.value"]
     assert {hit["name"] for hit in facts["rules"]} == {"transformer-xl", "rolling-memory"}
-    assert [hit["name"] for hit in facts["passes"]] == ["fold", "fold"]
+    assert [(hit["name"], hit["place"]) for hit in facts["passes"]] == [
+        ("fold", "decode"), ("fold", "prefill"), ("hoist", "layer00.mems"),
+    ]  # fmt: skip
 
 
 def test_inspect_a_checkpoint_before_anything_is_built(run: Run, checkpoint_of: Path, family: str) -> None:
@@ -82,7 +84,8 @@ def test_inspect_a_graph(run: Run, compiled: Path) -> None:
     code, out, _ = run("inspect", compiled / "graphs" / "decode.onnx", "--json")
     facts = json.loads(out)
     assert code == 0
-    assert facts["inputs"] == ["tokens [batch, 1]", "position [batch]", "layer00.mems.in [batch, 3, 8]"]
+    states = ["layer00.mems.key.in [batch, 2, 3, 3]", "layer00.mems.value.in [batch, 2, 3, 3]"]
+    assert facts["inputs"] == ["tokens [batch, 1]", "position [batch]", *states]
     assert facts["outputs"][0] == "logits [batch, 1, 28]"
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from exporters import check, cost, export, weights
 from exporters.lowerings import TRANSLATIONS
 from exporters.passes import fold
-from mscompile.contracts import BATCH, GraphSpec, TensorSpec
+from mscompile.contracts import BATCH, GraphSpec, Schedule, StreamSpec, TensorSpec, Tick
 from mscompile.errors import ExportError
 
 # ---- Lowerings --------------------------------------------------------------------------------------------
@@ -88,6 +88,9 @@ keys (float[batch, 4] x) => (float[batch, 6] out) {
 """
 
 
+NO_STATES = StreamSpec((), (), Schedule((Tick(("keys",)),)), 2, 1)
+
+
 def _model(w: np.ndarray) -> ir.Model:
     proto = onnx.parser.parse_model(KEYS)
     proto.graph.initializer.append(onnx.numpy_helper.from_array(w, "w"))
@@ -104,7 +107,8 @@ def test_what_depends_on_weights_only_is_computed_at_export() -> None:
     random = np.random.default_rng(0)
     w, x = random.standard_normal((4, 4), np.float32), random.standard_normal((3, 4), np.float32)
     before = _run(_model(w), x)
-    model, (hit,) = fold.apply(_model(w))
+    model = _model(w)
+    (hit,) = fold.apply({"keys": model}, NO_STATES).hits
     assert [node.op_type for node in model.graph] == ["MatMul"]
     assert hit.applied
     assert hit.place == "keys"
@@ -114,7 +118,8 @@ def test_what_depends_on_weights_only_is_computed_at_export() -> None:
 
 def test_a_table_over_the_budget_stays_a_computation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fold, "BUDGET", 8)  # the keys have 24 numbers
-    model, _ = fold.apply(_model(np.ones((4, 4), np.float32)))
+    model = _model(np.ones((4, 4), np.float32))
+    fold.apply({"keys": model}, NO_STATES)
     assert "MatMul" in [node.op_type for node in model.graph]
     assert model.graph.num_nodes() > 1
 

@@ -14,14 +14,19 @@ import onnx_ir as ir
 import onnxscript.optimizer
 from onnx_ir.passes import common
 
-from mscompile.contracts import Hit
+from exporters.passes.base import Graphs, Outcome
+from mscompile.contracts import Hit, StreamSpec
 
 NAME = "fold"
 WHY = "what depends on weights and the profile only is computed once, at export"
 BUDGET = 1 << 24  # elements
 
 
-def apply(model: ir.Model) -> tuple[ir.Model, tuple[Hit, ...]]:
+def apply(graphs: Graphs, spec: StreamSpec) -> Outcome:
+    return Outcome(spec, tuple(_fold(model) for model in graphs.values()))
+
+
+def _fold(model: ir.Model) -> Hit:
     before = model.graph.num_nodes()
     onnxscript.optimizer.optimize_ir(model, input_size_limit=BUDGET, output_size_limit=BUDGET)
     common.LiftConstantsToInitializersPass(lift_all_constants=False, size_limit=1)(model)
@@ -29,4 +34,4 @@ def apply(model: ir.Model) -> tuple[ir.Model, tuple[Hit, ...]]:
     common.DeduplicateInitializersPass()(model)
     common.RemoveUnusedNodesPass()(model)
     folded = before - model.graph.num_nodes()
-    return model, (Hit(NAME, model.graph.name or "", folded > 0, f"{before} nodes, {folded} of them folded"),)
+    return Hit(NAME, model.graph.name or "", folded > 0, f"{before} nodes, {folded} of them folded")

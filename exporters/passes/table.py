@@ -1,8 +1,24 @@
-"""The passes, in the order they run."""
+"""The passes, in the order they run: fold first, so that the others see weights as constants."""
 
 from __future__ import annotations
 
-from exporters.passes import fold
-from exporters.passes.base import Pass
+from exporters import check
+from exporters.passes import fold, hoist
+from exporters.passes.base import Graphs, Outcome, Pass
+from mscompile.contracts import StreamSpec
 
-PASSES: tuple[Pass, ...] = (Pass(fold.NAME, fold.WHY, fold.apply),)
+PASSES: tuple[Pass, ...] = (
+    Pass(fold.NAME, fold.WHY, fold.apply),
+    Pass(hoist.NAME, hoist.WHY, hoist.apply),
+)
+
+
+def run(graphs: Graphs, spec: StreamSpec) -> Outcome:
+    """All passes; every graph is held against its GraphSpec after each."""
+    outcome = Outcome(spec, ())
+    for rewrite in PASSES:
+        new = rewrite.apply(graphs, outcome.spec)
+        for graph in new.spec.graphs:
+            check.check_interface(graphs[graph.name], graph, rewrite.name)
+        outcome = Outcome(new.spec, (*outcome.hits, *new.hits), {**outcome.derived, **new.derived})
+    return outcome

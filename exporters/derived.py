@@ -1,0 +1,79 @@
+"""States that a pass replaced by functions of them: what they must be, from the states of the stream program.
+
+A bundle keeps each function as `graphs/derived.<state>.onnx`, with its weights in the shared file, so that a
+later parity check against the original can still compare every state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx.reference import ReferenceEvaluator
+
+from exporters.passes.base import Derived
+from mscompile.contracts import Array, Session, Snapshot, StreamSpec
+
+PREFIX = "derived."
+ROWS, SOURCE = "rows", "source"
+
+
+def evaluate(function: ir.Model, rows: Array) -> Array:
+    """The new state of an old state's rows."""
+    return _run(ReferenceEvaluator(ir.to_proto(function)), rows)
+
+
+def _run(function: ReferenceEvaluator, rows: Array) -> Array:
+    outputs: Any = function.run(None, {ROWS: rows})
+    return np.asarray(outputs[0])
+
+
+def models(derived: Mapping[str, Derived]) -> dict[str, ir.Model]:
+    """The functions as graphs to save beside the others, by file stem."""
+    for row in derived.values():
+        row.function.metadata_props[SOURCE] = row.source
+    return {f"{PREFIX}{name}": row.function for name, row in derived.items()}
+
+
+class DerivedStates:
+    """Snapshots of the stream program, in terms of the states that a bundle has."""
+
+    def __init__(self, graphs: Path, spec: StreamSpec) -> None:
+        """`graphs` is the directory the functions were saved to."""
+        self._functions: dict[str, tuple[str, ReferenceEvaluator]] = {}
+        for state in spec.states:
+            path = graphs / f"{PREFIX}{state.name}.onnx"
+            if path.is_file():
+                model = onnx.load(str(path))
+                source = next(entry.value for entry in model.metadata_props if entry.key == SOURCE)
+                self._functions[state.name] = (source, ReferenceEvaluator(model))
+
+    def of(self, snapshot: Snapshot) -> Snapshot:
+        sources = {source for source, _ in self._functions.values()}
+        states = {name: value for name, value in snapshot.states.items() if name not in sources}
+        for name, (source, function) in self._functions.items():
+            states[name] = _run(function, snapshot.states[source])
+        return Snapshot(snapshot.position, states, snapshot.cursors)
+
+
+class DerivedSession:
+    """A session of the stream program whose snapshots have the states of the bundle."""
+
+    def __init__(self, session: Session, states: DerivedStates) -> None:
+        self._session, self._states = session, states
+        self.step, self.reset, self.restore = session.step, session.reset, session.restore
+
+    @property
+    def batch(self) -> int:
+        return self._session.batch
+
+    @property
+    def position(self) -> Array:
+        return self._session.position
+
+    def state(self) -> Snapshot:
+        return self._states.of(self._session.state())
