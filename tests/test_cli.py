@@ -194,8 +194,10 @@ def test_a_pickle_with_code_is_not_run(run: Run, tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_an_unknown_family_or_engine_suggests_the_near_one(run: Run, trained: Path, compiled: Path) -> None:
-    sentence = refused(run("export", "--model", trained, "--family", "transformer-x"))
+def test_an_unknown_family_or_engine_suggests_the_near_one(
+    run: Run, trained: Path, compiled: Path, tmp_path: Path
+) -> None:
+    sentence = refused(run("export", "--model", trained, "--family", "transformer-x", "--out", tmp_path / "new.msc"))
     assert sentence == "unknown family 'transformer-x'; did you mean transformer-xl?"
     assert refused(run("export", "--model", trained, "--target", "orts")) == "unknown engine 'orts'; did you mean ort?"
     assert "did you mean trt-rtx?" in refused(run("export", "--model", trained, "--target", "ort,trt-rxt"))

@@ -92,6 +92,7 @@ def test_the_memory_holds_the_projection_instead_of_the_rows() -> None:
     assert outcome.spec.graphs[0].reads == outcome.spec.graphs[0].writes == ("m.key",)
     assert [(hit.place, hit.applied) for hit in outcome.hits] == [("m", True)]
     check.check_interface(model, outcome.spec.graphs[0], "hoist")
+    assert all(node.outputs[0].shape is not None for node in model.graph)  # costs are counted from shapes
 
 
 def test_it_computes_what_it_did() -> None:
@@ -130,7 +131,10 @@ def test_a_bias_and_a_norm_are_row_wise() -> None:
     ("change", "reason"),
     [
         (("k = MatMul (c, w)", "k = Softmax <axis = 1> (c)"), "Softmax reads its rows, and is not row-wise"),
-        (("k = MatMul (c, w)", "k = MatMul (c, c2) c2 = Transpose <perm = [0, 2, 1]> (c)"), "MatMul reads its rows"),
+        (
+            ("k = MatMul (c, w)", "turn = Transpose <perm = [0, 2, 1]> (c) k = MatMul (c, turn)"),
+            "MatMul reads its rows",
+        ),
         (('c = Concat <axis = 1> ("m.in", x)', 'c = Concat <axis = 1> (x, "m.in")'), "graph step reads it by Concat"),
         (('("m.in", x)', '("m.in", x, x)'), "graph step joins it with 2 other tensors, not with one"),
         (('c = Concat <axis = 1> ("m.in", x)', 'y = Relu ("m.in") c = Concat <axis = 1> (y, x)'), "reads it by Relu"),
@@ -141,11 +145,6 @@ def test_a_bias_and_a_norm_are_row_wise() -> None:
 def test_what_it_refuses(change: tuple[str, str], reason: str) -> None:
     text = GIVEN.replace(*change)
     assert text != GIVEN
-    if "c2" in text:
-        text = text.replace(
-            "k = MatMul (c, c2) c2 = Transpose <perm = [0, 2, 1]> (c)",
-            "c2 = Transpose <perm = [0, 2, 1]> (c) k = MatMul (c, c2)",
-        )
     before = ir.to_proto(parsed(text)).SerializeToString(deterministic=True)
     model, outcome = hoisted(text)
     (hit,) = outcome.hits

@@ -94,9 +94,13 @@ def test_a_context_does_not_bound_a_model_whose_memory_does_not_grow() -> None:
 
 def test_the_rules_that_fired_are_listed_with_their_places() -> None:
     rolling = [(hit.name, hit.place) for hit in build(transformer_xl(same_length=True)).hits]
-    assert rolling == [("rolling-memory", "layer00"), ("rolling-memory", "layer01"), ("transformer-xl", "")]
+    assert rolling == [("rolling-memory", "layer00"), ("rolling-memory", "layer01"), ("transformer-xl", "model")]
     frozen = [(hit.name, hit.place) for hit in build(transformer_xl()).hits]
-    assert frozen == [("segment-memory", "layer00"), ("segment-memory", "layer01"), ("transformer-xl-segments", "")]
+    assert frozen == [
+        ("segment-memory", "layer00"),
+        ("segment-memory", "layer01"),
+        ("transformer-xl-segments", "model"),
+    ]
 
 
 @pytest.mark.parametrize("name", SEGMENTED)

@@ -141,7 +141,7 @@ def test_a_coarse_memory_gains_a_row_every_factor_tokens() -> None:
 def test_every_part_of_the_model_is_streamed_by_a_rule_that_says_so() -> None:
     hits = {(hit.place, hit.name) for hit in build(model("two-valleys")).hits if hit.applied and hit.reason}
     assert {
-        ("", "hourglass"),
+        ("model", "hourglass"),
         ("scale1", "level"),
         ("scale1.pre", "stack"),
         ("scale1.pre.block00", "block"),

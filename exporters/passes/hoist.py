@@ -192,7 +192,7 @@ def _rewrite(place: Place, states: Mapping[str, StateSpec]) -> None:
     on_new = {remembered.joined: remembered.new}
     axes = {remembered.joined: remembered.axis}
     for name, boundary in place.boundaries.items():
-        new = _replay(graph, boundary.path, remembered.new, on_new)
+        new = _replay(graph, remembered, boundary.path, on_new)
         axes |= {step.node.outputs[0]: step.axis for step in boundary.path}
         _carry(graph, remembered, boundary, new, states[name])
     for old, new in on_new.items():
@@ -207,13 +207,14 @@ def _rewrite(place: Place, states: Mapping[str, StateSpec]) -> None:
     graph.sort()
 
 
-def _replay(graph: ir.Graph, path: Sequence[Step], start: ir.Value, done: dict[ir.Value, ir.Value]) -> ir.Value:
-    """The functions of `path` applied to `start`; what several paths share is built once, in `done`."""
-    current = start
+def _replay(graph: ir.Graph, remembered: Remembered, path: Sequence[Step], done: dict[ir.Value, ir.Value]) -> ir.Value:
+    """The functions of `path` on the rows that `done` has for the joined ones; shared parts are built once."""
+    current = done[remembered.joined]
+    rows = (current.shape or ir.Shape([None] * (remembered.axis + 1)))[remembered.axis]
     for step in path:
         out = step.node.outputs[0]
         if out not in done:
-            done[out] = copy_onto(graph, step.node, current)
+            done[out] = copy_onto(graph, step.node, current, step.axis, rows)
         current = done[out]
     return current
 
@@ -244,7 +245,7 @@ def _function(remembered: Remembered, boundary: Boundary) -> ir.Model:
     shape = [f"n{axis}" if axis == remembered.axis else dim for axis, dim in enumerate(remembered.state.shape)]
     rows = ir.Value(name=ROWS, type=remembered.given.type, shape=ir.Shape(shape))
     graph = ir.Graph([rows], [], nodes=[], opset_imports={"": 20}, name="derived")
-    out = _replay(graph, boundary.path, rows, {})
+    out = _replay(graph, remembered, boundary.path, {remembered.joined: rows})
     for node in graph:
         for index, value in enumerate(node.inputs):
             if value is None or value.const_value is None or value.name in graph.initializers:

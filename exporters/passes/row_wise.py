@@ -90,8 +90,8 @@ def heads(node: ir.Node) -> list[int]:
     return [dim for dim in list(node.outputs[0].shape or ())[-2:] if isinstance(dim, int)]
 
 
-def copy_onto(graph: ir.Graph, node: ir.Node, value: ir.Value) -> ir.Value:
-    """The output of the same function of other rows, `value`."""
+def copy_onto(graph: ir.Graph, node: ir.Node, value: ir.Value, axis: int, rows: Any) -> ir.Value:
+    """The output of the same function of other rows, `value`: as many as `rows` says, along `axis` of the output."""
     inputs = [old if old is not None and old.const_value is not None else value for old in node.inputs]
     attributes = dict(node.attributes.items())
     if node.op_type == "Reshape":
@@ -99,7 +99,9 @@ def copy_onto(graph: ir.Graph, node: ir.Node, value: ir.Value) -> ir.Value:
         inputs, attributes = [value, constant(graph, [0] * kept + heads(node))], {}
     made = ir.node(node.op_type, inputs, metadata_props=dict(node.metadata_props))
     made.attributes.update(attributes)
+    shape = list(node.outputs[0].shape or ())
     made.outputs[0].type = node.outputs[0].type
+    made.outputs[0].shape = ir.Shape([*shape[:axis], rows, *shape[axis + 1 :]])
     graph.append(made)
     return made.outputs[0]
 
