@@ -127,9 +127,22 @@ def test_a_bias_and_a_norm_are_row_wise() -> None:
     assert norm.inputs[0] is model.graph.inputs[0]
 
 
+def test_the_batch_size_may_be_asked_of_it() -> None:
+    sized = GIVEN.replace("c = Concat", 'size = Shape <start = 0, end = 1> ("m.in") c = Concat')
+    sized = sized.replace("logits = Identity (scores)", "n = Cast <to = 1> (size) logits = Div (scores, n)")
+    random = np.random.default_rng(2)
+    x, remembered = random.standard_normal((2, 3, 4), np.float32), random.standard_normal((2, 3, 4), np.float32)
+    model, outcome = hoisted(sized)
+    assert outcome.hits[0].applied
+    carried = derived.evaluate(outcome.derived["m.key"].function, remembered)
+    wanted = run(parsed(sized), x=x, m_in=remembered)["logits"]
+    assert np.abs(run(model, x=x, m_key_in=carried)["logits"] - wanted).max() < 1e-5
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
+        (("c = Concat", 'n = Shape ("m.in") c = Concat'), "reads it by Concat, Shape, not by one Concat"),
         (("k = MatMul (c, w)", "k = Softmax <axis = 1> (c)"), "Softmax reads its rows, and is not row-wise"),
         (
             ("k = MatMul (c, w)", "turn = Transpose <perm = [0, 2, 1]> (c) k = MatMul (c, turn)"),

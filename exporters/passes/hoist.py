@@ -8,7 +8,8 @@ Given                                              Becomes
 This is loop-invariant code motion across time: f(row) never changes once its row is remembered, so the memory
 holds f(row). Exact where all of this holds, and refused with the reason otherwise:
 
-1. in every graph that reads the state, it enters only as the first part of one Concat(state.in, new rows);
+1. in every graph that reads the state, it enters only as the first part of one Concat(state.in, new rows)
+   (and may be asked for the batch size);
 2. the result is read only through row-wise functions, as its newest rows, or as the new state;
 3. all graphs apply the same functions.
 
@@ -66,6 +67,8 @@ class Remembered:
     new: ir.Value
     axis: int
     rows: int
+    sized: tuple[ir.Node, ...]  # Shape nodes that ask it for the batch size only
+    stand_in: ir.Value | None  # another input with that batch size
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,9 @@ def _find(model: ir.Model, state: StateSpec) -> Remembered:
     given = next((value for value in model.graph.inputs if value.name == state.input_name), None)
     if given is None:
         raise _Refused(f"graph {name} writes it without reading it")
-    uses = list(given.uses())
+    sized = tuple(usage.node for usage in given.uses() if _asks_batch(usage.node, state))
+    stand_in = next((v for v in model.graph.inputs if v is not given and v.shape and v.shape[0] == BATCH), None)
+    uses = [usage for usage in given.uses() if usage.node not in sized or stand_in is None]
     if len(uses) != 1 or uses[0].node.op_type != "Concat" or uses[0].idx != 0:
         readers = ", ".join(sorted({usage.node.op_type for usage in uses})) or "nothing"
         raise _Refused(f"graph {name} reads it by {readers}, not by one Concat with new rows behind it")
@@ -138,7 +143,13 @@ def _find(model: ir.Model, state: StateSpec) -> Remembered:
     rows = state.shape[axis]
     if not isinstance(rows, int):
         raise _Refused(f"graph {name} joins it along its {rows} axis, which is not time")
-    return Remembered(state, given, concat.outputs[0], new, axis, rows)
+    return Remembered(state, given, concat.outputs[0], new, axis, rows, sized, stand_in)
+
+
+def _asks_batch(node: ir.Node, state: StateSpec) -> bool:
+    """Is this the size of the batch, which comes first, and nothing else?"""
+    bounds = [node.attributes[name].as_int() for name in ("start", "end") if name in node.attributes]
+    return node.op_type == "Shape" and state.batch_axis == 0 and bounds == [0, 1]
 
 
 def _boundaries(remembered: Remembered) -> dict[bytes, Boundary]:
@@ -202,6 +213,8 @@ def _rewrite(place: Place, states: Mapping[str, StateSpec]) -> None:
     for value in list(graph.outputs):
         if value.name == remembered.state.output_name:
             graph.outputs.remove(value)
+    for node in remembered.sized:
+        node.replace_input_with(0, remembered.stand_in)
     common.RemoveUnusedNodesPass()(place.model)
     graph.inputs.remove(remembered.given)
     graph.sort()
