@@ -87,7 +87,7 @@ def test_a_model_that_no_rule_streams_is_refused() -> None:
             super().__init__()
             self.weight = nn.Parameter(torch.zeros(1))
 
-    with pytest.raises(Refusal, match=r"^: no rule streams a Unknown \(rules: transformer-xl, "):
+    with pytest.raises(Refusal, match=r"^model: no rule streams a Unknown \(rules: transformer-xl, "):
         program.build(Unknown(), Profile())  # type: ignore[arg-type]
 
 
