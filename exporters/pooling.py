@@ -20,12 +20,12 @@ from mscompile.models.hourglass import Shortening
 
 
 class StreamShortening(StreamModule):
-    def __init__(self, module: Shortening, scope: Scope, d_model: int) -> None:
+    def __init__(self, module: Shortening, scope: Scope) -> None:
         super().__init__()
         self.module = module
         self.group = module.group
         self.coarse_factor = scope.factor * module.group
-        self.recent = scope.state("rows", self.group - 1, d_model)
+        self.recent = scope.state("rows", self.group - 1, module.d_model)
         self.own_states = (self.recent,)
         self.attention: CachedAttention | None = None
         if module.refinement is not None:
@@ -46,13 +46,9 @@ class StreamShortening(StreamModule):
         return self.module.refinement.finish(query, self.attention(query, rows, call))
 
 
-def _build(module: Shortening, scope: Scope) -> StreamModule:
-    return StreamShortening(module, scope, module.d_model)
-
-
 RULE = TypeRule(
     name="shortening",
     why="a coarse row is final once its group is complete: pool then, and only then",
     type=Shortening,
-    build=_build,
+    build=StreamShortening,
 )

@@ -17,13 +17,13 @@ from mscompile.models.hourglass import RepeatExpansion, Upsampling
 
 
 class StreamUpsampling(StreamModule):
-    def __init__(self, module: Upsampling, scope: Scope, d_model: int) -> None:
+    def __init__(self, module: Upsampling, scope: Scope) -> None:
         super().__init__()
         self.module = module
         self.factor, self.group = scope.factor, module.expansion.group
         self.coarse_factor = self.factor * self.group
         self.slots = 1 if isinstance(module.expansion, RepeatExpansion) else self.group
-        self.expansion = scope.state("expansion", self.slots, d_model)
+        self.expansion = scope.state("expansion", self.slots, module.d_model)
         self.own_states = (self.expansion,)
         self.attention: CachedAttention | None = None
         if module.refinement is not None:
@@ -52,13 +52,9 @@ class StreamUpsampling(StreamModule):
         return newest.gather(1, slot.expand(-1, 1, newest.shape[2]))
 
 
-def _build(module: Upsampling, scope: Scope) -> StreamModule:
-    return StreamUpsampling(module, scope, module.d_model)
-
-
 RULE = TypeRule(
     name="upsampling",
     why="the newest coarse row serves k fine rows: expand it at its tick and keep it",
     type=Upsampling,
-    build=_build,
+    build=StreamUpsampling,
 )
