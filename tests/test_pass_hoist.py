@@ -175,6 +175,13 @@ def test_all_graphs_must_apply_the_same_functions() -> None:
     assert (hit.applied, hit.reason) == (False, "graph more applies other functions to its rows")
 
 
+def test_a_state_that_no_graph_has_is_refused() -> None:
+    other = replace(STATE, name="other")
+    hits = hoist.apply({"step": parsed(GIVEN)}, replace(SPEC, states=(STATE, other))).hits
+    assert [(hit.place, hit.applied) for hit in hits] == [("m", True), ("other", False)]
+    assert hits[1].reason == "no graph here has it"
+
+
 def test_appended_states_are_left_alone() -> None:
     appended = replace(STATE, update="append", time_axis=1)
     assert hoist.apply({"step": parsed(GIVEN)}, replace(SPEC, states=(appended,))).hits == ()

@@ -111,6 +111,8 @@ def apply(graphs: Graphs, spec: StreamSpec) -> Outcome:
 def _places(graphs: Graphs, spec: StreamSpec, state: StateSpec) -> list[Place]:
     """Every graph with this state; _Refused unless all allow to hoist it."""
     touching = [graphs[g.name] for g in spec.graphs if state.name in (*g.reads, *g.writes)]
+    if not touching:
+        raise _Refused("no graph here has it")
     found = [(model, remembered := _find(model, state), _boundaries(remembered)) for model in touching]
     (_, _, first), *_ = found
     if not first:
