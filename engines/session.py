@@ -49,6 +49,12 @@ class _State:
     def spare(self) -> Array:
         return self.buffers[1 - self.current]
 
+    def rows(self, shape: tuple[int, ...]) -> Array:
+        """The value itself, or a copy of its leading rows where `shape` has fewer of them."""
+        if shape == self.value.shape:
+            return self.value
+        return np.ascontiguousarray(self.value[tuple(slice(size) for size in shape)])
+
     def commit(self, rows: Array | None) -> None:
         """Make the spare buffer the current one; `rows` (a mask) limits that to some rows."""
         if rows is not None:
@@ -225,9 +231,11 @@ class StreamSession:
         key = (graph.name, *(state.current for state in (*read, *written)))
         if tokens == 1 and key in self._bound:
             return self._bound[key]
-        sizes = {"batch": self._batch, "chunk": tokens}
-        inputs = {t.name: np.empty(t.concrete(**sizes), t.dtype) for t in graph.inputs if t.name in (TOKENS, POSITION)}
-        inputs |= {state.spec.input_name: state.value for state in read}
+        context = max(int(self._position.max()), self.spec.schedule.chunk_multiple)
+        sizes = {"batch": self._batch, "chunk": tokens, "context": context}
+        shapes = {tensor.name: tensor.concrete(**sizes) for tensor in graph.inputs}
+        inputs = {t.name: np.empty(shapes[t.name], t.dtype) for t in graph.inputs if t.name in (TOKENS, POSITION)}
+        inputs |= {state.spec.input_name: state.rows(shapes[state.spec.input_name]) for state in read}
         swapped = {state.spec.output_name: state.spare for state in written if state.spec.update == "replace"}
         outputs = {
             tensor.name: swapped[tensor.name]

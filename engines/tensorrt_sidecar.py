@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from engines.tensorrt_library import Library
-from mscompile.contracts import BATCH, CHUNK, GraphSpec, Profile, StreamSpec, TensorSpec
+from mscompile.contracts import BATCH, CHUNK, CONTEXT, GraphSpec, Profile, StreamSpec, TensorSpec
 from mscompile.errors import EngineError
 
 SIDECAR = "engine.json"
@@ -25,10 +25,11 @@ STEPS = ("min", "opt", "max")
 
 @dataclass(frozen=True)
 class Ranges:
-    """Least, usual and greatest batch and chunk: what an engine's optimization profile says."""
+    """Least, usual and greatest batch, chunk and context: what an engine's optimization profile says."""
 
     batch: tuple[int, int, int]
     chunk: tuple[int, int, int]
+    context: tuple[int, int, int] = (1, 1, 1)  # tokens before a call, where memory grows with the stream
 
     @classmethod
     def of(cls, spec: StreamSpec, profile: Profile) -> Ranges:
@@ -39,7 +40,11 @@ class Ranges:
         """
         multiple, longest = spec.schedule.chunk_multiple, spec.schedule.max_chunk
         longest -= longest % multiple  # prefill calls take multiples only
-        ranges = cls((profile.min_batch, profile.min_batch, profile.max_batch), (multiple, longest, longest))
+        batch = (profile.min_batch, profile.min_batch, profile.max_batch)
+        ranges = cls(batch, (multiple, longest, longest))
+        if spec.max_context is not None:
+            most = spec.max_context - spec.max_context % multiple
+            ranges = replace(ranges, context=(multiple, most, most))
         for word, (least, usual, greatest) in asdict(ranges).items():
             if not 1 <= least <= usual <= greatest:
                 raise EngineError(
@@ -54,8 +59,9 @@ class Ranges:
 
     def shapes(self, tensor: TensorSpec) -> dict[str, list[int]]:
         """The tensor's shape at each step of the profile."""
-        sizes = zip(STEPS, self.batch, self.chunk, strict=True)
-        return {step: list(tensor.concrete(**{BATCH: batch, CHUNK: chunk})) for step, batch, chunk in sizes}
+        words = (BATCH, CHUNK, CONTEXT)
+        sizes = zip(STEPS, zip(self.batch, self.chunk, self.context, strict=True), strict=True)
+        return {step: list(tensor.concrete(**dict(zip(words, size, strict=True)))) for step, size in sizes}
 
 
 def _row(tensor: TensorSpec, ranges: Ranges | None = None) -> dict[str, Any]:
@@ -96,7 +102,7 @@ def read_sidecar(library: Library, built: Path, spec: StreamSpec) -> Sidecar:
         _expect("runtime", library.distribution, content["runtime"])
         names = {"schema", "runtime", "version", "compute_capabilities", "ranges", "graphs"}
         _expect("fields", sorted(names), sorted(content))
-        ranges = Ranges(tuple(content["ranges"]["batch"]), tuple(content["ranges"]["chunk"]))
+        ranges = Ranges(**{word: tuple(sizes) for word, sizes in content["ranges"].items()})
         promised = Ranges.of(spec, Profile(ranges.batch[0], ranges.batch[2]))
         _expect("ranges", promised, ranges)
         _expect("graphs", sorted(graph.name for graph in spec.graphs), sorted(content["graphs"]))

@@ -6,7 +6,8 @@ Given                                              Becomes
                                                      states key, value (B, H, capacity, d_head), append
 
 Slot s of a state holds key row s, so n(i, s) and with it causality and distance follow from the geometry;
-slots that were not written yet are masked. Position keys `W_r sinusoid(...)` depend on weights and the
+slots that were not written yet are masked. A call of many tokens is given only the slots that can have been
+written, so that it costs what its context is worth. Position keys `W_r sinusoid(...)` depend on weights and the
 capacity only. Exact because a row of keys never changes once its input row is final.
 
 Refuses where no context length bounds the memory.
@@ -52,30 +53,44 @@ class CachedAttention(StreamModule):
         """
         module, geometry = self.module, self.module.geometry
         where = (geometry, self.cadence)
-        remembered = call.once(("remembered", where), lambda: self._remembered(x, call))
-        runs = [Keys(call.read(self.key), call.read(self.value), remembered)]
+        key, value = call.read(self.key), call.read(self.value)
+        table_size = self._reach(x, key.shape[2], call)
+        remembered = call.once(("remembered", where), lambda: self._remembered(x, key.shape[2], table_size, call))
+        runs = [Keys(key, value, remembered)]
         if rows is not None:
-            key, value = module.heads(module.key(rows)), module.heads(module.value(rows))
-            call.write(self.key, key)
-            call.write(self.value, value)
-            runs.append(Keys(key, value, call.once(("new", where), lambda: self._new(x, rows))))
+            new_key, new_value = module.heads(module.key(rows)), module.heads(module.value(rows))
+            call.write(self.key, new_key)
+            call.write(self.value, new_value)
+            runs.append(Keys(new_key, new_value, call.once(("new", where), lambda: self._new(x, rows, table_size))))
         encoded = call.once(("positions", where), lambda: module.encode(geometry.distances(self.table_size, x.device)))
-        return module.merge(attend(module.heads(module.query(x)), runs, module.table(encoded), call.biases))
+        table = module.table(encoded) if call.single else module.table(encoded)[:, :, :table_size]
+        return module.merge(attend(module.heads(module.query(x)), runs, table, call.biases))
 
-    def _remembered(self, x: Tensor, call: Call) -> Sight:
+    def _reach(self, x: Tensor, slots: int, call: Call) -> int:
+        """Entries of the table of positions that this call can look at."""
+        if call.single:
+            return self.table_size
+        geometry = self.module.geometry
+        return geometry.table_size(slots * geometry.key_step // geometry.query_step + x.shape[1] - 1)
+
+    def _remembered(self, x: Tensor, capacity: int, table_size: int, call: Call) -> Sight:
         """The slots of the states: those that were written are seen by every query."""
         first_query = call.rows_before(self.cadence.query)
         count = call.rows_before(self.cadence.key) * self.cadence.keys
         queries = first_query[:, None] + torch.arange(x.shape[1], device=x.device)[None, :]
-        slots = torch.arange(self.capacity, device=x.device)[None, None, :]
+        slots = torch.arange(capacity, device=x.device)[None, None, :]
         index = self.module.geometry.index(queries[:, :, None], slots)
-        return Sight.of(index, slots < count[:, None, None], self.table_size)
+        return self._seen(index, slots < count[:, None, None], table_size)
 
-    def _new(self, x: Tensor, rows: Tensor) -> Sight:
+    def _new(self, x: Tensor, rows: Tensor, table_size: int) -> Sight:
         """The rows of this call."""
         queries = torch.arange(x.shape[1], device=x.device)[:, None]
         index = self.module.geometry.index(queries, torch.arange(rows.shape[1], device=x.device)[None, :])[None]
-        return Sight.of(index, self.module.geometry.visible(index), self.table_size)
+        return self._seen(index, self.module.geometry.visible(index), table_size)
+
+    def _seen(self, index: Tensor, visible: Tensor, table_size: int) -> Sight:
+        """Entries behind the whole table belong to hidden keys, as those behind its part for this call do."""
+        return Sight.of(index.clamp(max=self.table_size - 1), visible, table_size)
 
 
 def _build(module: RelativeAttention, scope: Scope) -> StreamModule:

@@ -20,13 +20,13 @@ import torch
 
 from exporters.lowerings import TRANSLATIONS
 from exporters.program import GraphModule, StreamProgram
-from mscompile.contracts import BATCH, CHUNK, GraphSpec, TensorSpec
+from mscompile.contracts import BATCH, CHUNK, CONTEXT, GraphSpec, TensorSpec
 from mscompile.errors import ExportError
 
 OPSET = 20
 
 EXPECTED_WARNINGS = (
-    (r"The axis name: \w+ will not be used", "two inputs share the symbol `batch`, which is what we ask for"),
+    (r"The axis name: \S+ will not be used", "several inputs share a symbol, which is what we ask for"),
     (r"`isinstance\(treespec, LeafSpec\)` is deprecated", "torch's own use of its pytree module"),
     (r"torchvision is not installed", "no graph here uses torchvision"),
 )
@@ -72,15 +72,22 @@ def _trace(module: GraphModule, arguments: tuple[Any, ...], dimensions: Any, spe
 
 def _example(tensor: TensorSpec, multiple: int) -> torch.Tensor:
     """An input of sizes that no dimension is frozen to by chance: two streams, at least four groups."""
-    return torch.zeros(tensor.concrete(batch=2, chunk=4 * multiple), dtype=getattr(torch, tensor.dtype))
+    sizes = tensor.concrete(batch=2, chunk=4 * multiple, context=6 * multiple)
+    return torch.zeros(sizes, dtype=getattr(torch, tensor.dtype))
 
 
 def _dynamic_shapes(spec: GraphSpec, multiple: int) -> tuple[dict[int, Any], ...]:
-    batch = torch.export.Dim(BATCH, min=1)
-    chunk = torch.export.Dim(CHUNK, min=1) if multiple == 1 else multiple * torch.export.Dim("groups", min=1)
-    words = {BATCH: batch, CHUNK: chunk}
+    """Dimensions by axis of each input. Calls of many tokens take whole groups of `multiple` tokens."""
+    words = {name: torch.export.Dim(name, min=1) for name in (BATCH, CHUNK, CONTEXT)}
+
+    def dimension(dim: str) -> Any:
+        word, _, divisor = dim.partition("/")
+        rows = 1 if word == BATCH else multiple // int(divisor or 1)
+        return words[word] if rows == 1 else rows * words[word]
+
     return tuple(
-        {axis: words[dim] for axis, dim in enumerate(tensor.shape) if isinstance(dim, str)} for tensor in spec.inputs
+        {axis: dimension(dim) for axis, dim in enumerate(tensor.shape) if isinstance(dim, str)}
+        for tensor in spec.inputs
     )
 
 

@@ -19,6 +19,7 @@ from exporters.stream import Call, Scope
 from mscompile.contracts import (
     BATCH,
     CHUNK,
+    CONTEXT,
     LOGITS,
     POSITION,
     TOKENS,
@@ -133,21 +134,27 @@ def _graph_spec(graph: GraphModule, dtype: torch.dtype, multiple: int, vocab_siz
         call, _ = graph.call(tokens, torch.zeros(1, dtype=torch.int64), states)
     graph.state_names = tuple(sorted(call.reads))
     graph.writes = tuple(sorted(call.written))
-    inputs = [declared[name].as_input() for name in graph.state_names]
-    outputs = []
+    rows: dict[str, Dim] = {}  # that a call appends
     for name in graph.writes:
         state = declared[name]
-        rows: Dim | None = None
         if state.update == "append" and state.time_axis is not None:
-            rows = call.written[name].shape[state.time_axis]
-            rows = _per_chunk(rows, length) if graph.name == PREFILL else rows
-        outputs.append(state.as_output(rows))
+            count = call.written[name].shape[state.time_axis]
+            rows[name] = _per_chunk(count, length) if graph.name == PREFILL else count
+    outputs = [declared[name].as_output(rows.get(name)) for name in graph.writes]
+    inputs = [declared[name].as_input(_remembered(graph, rows.get(name))) for name in graph.state_names]
     if tokens is None:
         return GraphSpec(graph.name, tuple(inputs), tuple(outputs), graph.state_names, graph.writes, 0)
     consumed: Dim = CHUNK if graph.name == PREFILL else 1
     head = (TensorSpec(TOKENS, "int64", (BATCH, consumed)), TensorSpec(POSITION, "int64", (BATCH,)))
     logits = TensorSpec(LOGITS, str(dtype).removeprefix("torch."), (BATCH, consumed, vocab_size))
     return GraphSpec(graph.name, (*head, *inputs), (logits, *outputs), graph.state_names, graph.writes, consumed)
+
+
+def _remembered(graph: GraphModule, appended: Dim | None) -> Dim | None:
+    """Rows that a graph takes of a state: a prefill only those that can have been written, where memory grows."""
+    if graph.name == PREFILL and graph.root.bounded and isinstance(appended, str):
+        return appended.replace(CHUNK, CONTEXT)
+    return None
 
 
 def _one(shape: tuple[Dim, ...]) -> tuple[int, ...]:

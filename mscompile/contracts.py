@@ -8,7 +8,8 @@ A stream program is states + graphs + a schedule:
 
 `position` (batch,) int64 counts the tokens a row has consumed since its reset. Fill levels, phases and valid
 lengths all follow from it, so it is the only counter. Axis words in shapes: "batch", "chunk" for the number
-of tokens of one call, and "chunk/k" for one row every k tokens. Tokens are int64.
+of tokens of one call, "context" for the tokens that the longest row has consumed before it, and "chunk/k" or
+"context/k" for one row every k tokens. Tokens are int64.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ Dim = int | str
 
 BATCH = "batch"
 CHUNK = "chunk"
+CONTEXT = "context"
 TOKENS = "tokens"
 POSITION = "position"
 LOGITS = "logits"
@@ -86,15 +88,18 @@ class StateSpec:
     def output_name(self) -> str:
         return f"{self.name}.out"
 
-    def as_input(self) -> TensorSpec:
-        return TensorSpec(self.input_name, self.dtype, self.shape)
+    def as_input(self, rows: Dim | None = None) -> TensorSpec:
+        """The input tensor; `rows` is the length of its time axis where a graph takes fewer than there are."""
+        return TensorSpec(self.input_name, self.dtype, self._with_rows(rows))
 
     def as_output(self, rows: Dim | None = None) -> TensorSpec:
-        """The output tensor; `rows` is the length of the time axis where the state only gains rows."""
-        shape = list(self.shape)
-        if self.update == "append" and rows is not None and self.time_axis is not None:
-            shape[self.time_axis] = rows
-        return TensorSpec(self.output_name, self.dtype, tuple(shape))
+        """The output tensor; `rows` is the length of its time axis where the state only gains rows."""
+        return TensorSpec(self.output_name, self.dtype, self._with_rows(rows))
+
+    def _with_rows(self, rows: Dim | None) -> tuple[Dim, ...]:
+        if self.update != "append" or rows is None or self.time_axis is None:
+            return self.shape
+        return (*self.shape[: self.time_axis], rows, *self.shape[self.time_axis + 1 :])
 
     def bytes_per_stream(self) -> int:
         """Bytes one batch row keeps in this state (one buffer)."""

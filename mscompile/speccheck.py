@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from math import prod
 
-from mscompile.contracts import BATCH, CHUNK, GraphSpec, Schedule, StateSpec, StreamSpec, TensorSpec
+from mscompile.contracts import BATCH, CHUNK, CONTEXT, GraphSpec, Schedule, StateSpec, StreamSpec, TensorSpec
 
 DTYPES = ("bool", *("int8", "int16", "int32", "int64", "uint8"), *("float16", "float32", "float64"))
 
@@ -79,9 +79,9 @@ def _tensor_faults(where: str, tensor: TensorSpec) -> Iterator[str]:
         yield f"{where} has dtype {tensor.dtype!r}, not one of {', '.join(DTYPES)}"
     for dim in tensor.shape:
         word, slash, divisor = str(dim).partition("/")
-        named = dim == BATCH or (word == CHUNK and (not slash or (divisor.isdecimal() and int(divisor) > 0)))
+        named = dim == BATCH or (word in (CHUNK, CONTEXT) and (not slash or (divisor.isdecimal() and int(divisor) > 0)))
         if not (named or (isinstance(dim, int) and dim >= 0)):
-            yield f"{where} has dimension {dim!r}, not a size, {BATCH!r}, {CHUNK!r} or '{CHUNK}/k'"
+            yield f"{where} has dimension {dim!r}, not a size, {BATCH!r}, {CHUNK!r}, {CONTEXT!r} or one of these by k"
 
 
 def _schedule_faults(schedule: Schedule, graphs: list[str]) -> Iterator[str]:

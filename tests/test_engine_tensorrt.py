@@ -8,6 +8,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -153,7 +154,7 @@ def test_build_writes_engines_and_a_sidecar(rtx: Any, graphs: Path, out: Path) -
     prefill = sidecar["graphs"].pop("prefill")
     assert sidecar["graphs"]["decode"]["file"] == "decode.engine"
     del sidecar["graphs"]
-    assert sidecar == {"schema": 1, **made, "ranges": {"batch": [1, 1, 4], "chunk": [3, 12, 12]}}
+    assert sidecar == {"schema": 1, **made, "ranges": {"batch": [1, 1, 4], "chunk": [3, 12, 12], "context": [1, 1, 1]}}
     assert prefill.pop("layers") > 5
     memory = {"min": [1, 6, 4], "opt": [1, 6, 4], "max": [4, 6, 4]}
     assert prefill == {
@@ -312,7 +313,7 @@ def built(out: Path) -> Path:
         "runtime": "tensorrt-rtx",
         "version": "1.7",
         "compute_capabilities": ["SM86", "SM89"],
-        "ranges": {"batch": list(ranges.batch), "chunk": list(ranges.chunk)},
+        "ranges": {word: list(sizes) for word, sizes in asdict(ranges).items()},
         "graphs": rows,
     }
     (out / "engine.json").write_text(json.dumps(content))

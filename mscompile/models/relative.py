@@ -100,11 +100,11 @@ class Keys:
 def attend(query: Tensor, runs: Sequence[Keys], table: Tensor, biases: Biases) -> Tensor:
     """One softmax over several runs of keys.
 
-    `query` is (B, H, T, d_head), `table` the position keys (H, D, d_head). Returns (B, H, T, d_head).
+    `query` is (B, H, T, d_head), `table` the position keys (H, d_head, D). Returns (B, H, T, d_head).
     """
     scale = 1.0 / math.sqrt(query.shape[-1])
     by_content = (query + biases.content[None, :, None, :]) * scale
-    by_position = (query + biases.position[None, :, None, :]) * scale @ table.transpose(-1, -2)  # (B, H, T, D)
+    by_position = (query + biases.position[None, :, None, :]) * scale @ table  # (B, H, T, D)
     scores = [_scores(by_content, by_position, run) for run in runs]
     if len(runs) == 1:
         return scores[0].softmax(dim=-1) @ runs[0].value
@@ -150,8 +150,8 @@ class RelativeAttention(nn.Module):
         return sinusoid(distance, self.position.in_features, self.position.weight.dtype)
 
     def table(self, encoded: Tensor) -> Tensor:
-        """Position keys W_r R: sinusoids (D, d_model) -> (H, D, d_head)."""
-        return self.heads(self.position(encoded)[None])[0]
+        """Position keys W_r R, ready for a product with queries: sinusoids (D, d_model) -> (H, d_head, D)."""
+        return self.heads(self.position(encoded)[None])[0].transpose(-1, -2)
 
     def forward(self, x: Tensor, context: Tensor, biases: Biases, query_start: int = 0) -> Tensor:
         rows, columns, geometry = x.shape[1], context.shape[1], self.geometry
