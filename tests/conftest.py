@@ -20,7 +20,7 @@ from bundles import bundle_of, checkpoint_of, compiled, family, trained  # noqa:
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}
 settings.register_profile("quick", max_examples=15, **_COMMON)
 settings.register_profile("ci", max_examples=15, derandomize=True, **_COMMON)
-settings.register_profile("slow", max_examples=300, **_COMMON)
+settings.register_profile("slow", max_examples=100, **_COMMON)
 
 
 @pytest.fixture(scope="session")
