@@ -1,9 +1,7 @@
 """The host of a stream program: walks the schedule, owns the states. Engines only run graphs.
 
-- A replaced state has two buffers; a graph reads one and writes the other, then they swap.
-- An appended state has one buffer, a ring; the graph returns new rows, which are copied in.
-- Rows normally share their phase. Where resets have put them out of phase, each distinct tick runs once
-  for the whole batch and only the rows it is meant for keep its results.
+Rows normally share their phase. Where resets have put them out of phase, each distinct tick runs once for the
+whole batch and only the rows it is meant for keep its results.
 """
 
 from __future__ import annotations
@@ -11,10 +9,12 @@ from __future__ import annotations
 import operator
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from engines.buffers import Buffer, Replaced, Ring, buffer
 from mscompile.contracts import (
     LOGITS,
     POSITION,
@@ -24,77 +24,22 @@ from mscompile.contracts import (
     GraphSpec,
     ScheduledCall,
     Snapshot,
-    StateSpec,
     StreamSpec,
     check_tokens,
 )
 from mscompile.errors import EngineError, InputError
 
 
-class _State:
-    """The buffers of one state."""
+@dataclass(frozen=True)
+class _Bound:
+    """One graph with its arrays: the inputs that change, the logits, and what each written state keeps."""
 
-    def __init__(self, spec: StateSpec, batch: int) -> None:
-        self.spec = spec
-        copies = 2 if spec.update == "replace" else 1
-        self.buffers = [spec.initial_value(batch) for _ in range(copies)]
-        self.current = 0
-        self.cursor = np.zeros(batch, dtype=np.int64)  # rows written so far, appended states only
-
-    @property
-    def value(self) -> Array:
-        return self.buffers[self.current]
-
-    @property
-    def spare(self) -> Array:
-        return self.buffers[1 - self.current]
-
-    def rows(self, shape: tuple[int, ...]) -> Array:
-        """The value itself, or a copy of its leading rows where `shape` has fewer of them."""
-        if shape == self.value.shape:
-            return self.value
-        return np.ascontiguousarray(self.value[tuple(slice(size) for size in shape)])
-
-    def commit(self, rows: Array | None) -> None:
-        """Make the spare buffer the current one; `rows` (a mask) limits that to some rows."""
-        if rows is not None:
-            others = self._of_rows(~rows)
-            self.spare[others] = self.value[others]
-        self.current = 1 - self.current
-
-    def append(self, new: Array, rows: Array | None) -> None:
-        """Write new rows behind the last ones, wrapping around."""
-        axis = self.spec.time_axis
-        assert axis is not None
-        count, capacity = new.shape[axis], self.value.shape[axis]
-        assert count <= capacity, "a call appends no more rows than the ring holds"
-        chosen = np.arange(len(self.cursor)) if rows is None else np.flatnonzero(rows)
-        together = rows is None and bool((self.cursor == self.cursor[0]).all())
-        for group in [slice(None)] if together else [slice(row, row + 1) for row in chosen]:
-            start = int(self.cursor[0 if together else group.start]) % capacity
-            head = min(count, capacity - start)
-            self._copy(group, new, 0, start, head)
-            self._copy(group, new, head, 0, count - head)
-        self.cursor[chosen] += count
-
-    def _copy(self, batch_rows: slice, new: Array, source: int, target: int, count: int) -> None:
-        if count:
-            into = self._slice(batch_rows, slice(target, target + count))
-            self.value[into] = new[self._slice(batch_rows, slice(source, source + count))]
-
-    def _slice(self, batch_rows: slice, time: slice) -> tuple[slice, ...]:
-        index = [slice(None)] * len(self.spec.shape)
-        index[self.spec.batch_axis] = batch_rows
-        if self.spec.time_axis is not None:
-            index[self.spec.time_axis] = time
-        return tuple(index)
-
-    def _of_rows(self, rows: Any) -> tuple[Any, ...]:
-        return (*(slice(None),) * self.spec.batch_axis, rows)
-
-    def reset(self, rows: Array) -> None:
-        self.value[self._of_rows(rows)] = self.spec.initial_value(len(rows))
-        self.cursor[rows] = 0
+    graph: GraphSpec
+    tokens: Array | None
+    position: Array | None
+    logits: Array | None
+    written: tuple[tuple[Buffer, Array], ...]
+    execute: Callable[[], None]
 
 
 class StreamSession:
@@ -107,10 +52,11 @@ class StreamSession:
                 f"export again with --batch 1:{max(batch, 1)}"
             )
         self.spec, self._executor, self._batch = spec, executor, batch
-        self._states = {state.name: _State(state, batch) for state in spec.states}
+        self._states = {state.name: buffer(state, batch) for state in spec.states}
         self._graphs = {graph.name: graph for graph in spec.graphs}
         self._position = np.zeros(batch, dtype=np.int64)
-        self._bound: dict[tuple[Any, ...], tuple[dict[str, Array], dict[str, Array], Callable[[], None]]] = {}
+        self._swapped = {graph.name: self._replaced(graph) for graph in spec.graphs}
+        self._bound: dict[tuple[Any, ...], _Bound] = {}
         self._lock = threading.Lock()
         self._failed = False
 
@@ -144,7 +90,7 @@ class StreamSession:
 
     def state(self) -> Snapshot:
         states = {name: state.value.copy() for name, state in self._states.items()}
-        cursors = {name: s.cursor.copy() for name, s in self._states.items() if s.spec.update == "append"}
+        cursors = {name: state.cursor for name, state in self._states.items() if isinstance(state, Ring)}
         return Snapshot(self._position.copy(), states, cursors)
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -157,8 +103,7 @@ class StreamSession:
                     f"the snapshot's {name} has shape {snapshot.states[name].shape}, this session's {state.value.shape}"
                 )
         for name, state in self._states.items():
-            state.value[...] = snapshot.states[name]
-            state.cursor[...] = snapshot.cursors.get(name, 0)
+            state.restore(snapshot.states[name], snapshot.cursors.get(name))
         self._position[...] = snapshot.position
         self._failed = False
 
@@ -206,47 +151,52 @@ class StreamSession:
 
     def _run(self, call: ScheduledCall, tokens: Array, logits: Array, rows: Array | None) -> None:
         for name in call.graphs:
-            graph = self._graphs[name]
-            inputs, outputs, execute = self._binding(graph, call.tokens)
-            if graph.tokens:
-                inputs[TOKENS][...] = tokens
-                inputs[POSITION][...] = self._position
-            execute()
-            if graph.tokens:
-                logits[...] = (
-                    outputs[LOGITS] if rows is None else np.where(rows[:, None, None], outputs[LOGITS], logits)
-                )
-            for written in graph.writes:
-                state = self._states[written]
-                if state.spec.update == "append":
-                    state.append(outputs[state.spec.output_name], rows)
-                else:
-                    state.commit(rows)
+            bound = self._binding(self._graphs[name], call.tokens)
+            if bound.tokens is not None and bound.position is not None:
+                bound.tokens[...] = tokens
+                bound.position[...] = self._position
+            bound.execute()
+            if bound.logits is not None:
+                logits[...] = bound.logits if rows is None else np.where(rows[:, None, None], bound.logits, logits)
+            for state, new in bound.written:
+                state.keep(new, rows)
         self._position += call.tokens if rows is None else np.where(rows, call.tokens, 0)
 
-    def _binding(self, graph: GraphSpec, tokens: int) -> tuple[dict[str, Array], dict[str, Array], Callable[[], None]]:
+    def _binding(self, graph: GraphSpec, tokens: int) -> _Bound:
         """Arrays and a bound call for a graph; kept for calls of one token, whose shapes recur."""
-        read = [self._states[name] for name in graph.reads]
-        written = [self._states[name] for name in graph.writes]
-        key = (graph.name, *(state.current for state in (*read, *written)))
-        if tokens == 1 and key in self._bound:
-            return self._bound[key]
+        key = (graph.name, *[state.version for state in self._swapped[graph.name]])
+        bound = self._bound.get(key) if tokens == 1 else None
+        if bound is None:
+            bound = self._bind(graph, tokens)
+            if tokens == 1:
+                self._bound[key] = bound
+        return bound
+
+    def _replaced(self, graph: GraphSpec) -> list[Replaced]:
+        """The states whose arrays a bound call of this graph depends on."""
+        touched = (self._states[name] for name in sorted({*graph.reads, *graph.writes}))
+        return [state for state in touched if isinstance(state, Replaced)]
+
+    def _bind(self, graph: GraphSpec, tokens: int) -> _Bound:
         context = max(int(self._position.max()), self.spec.schedule.chunk_multiple)
         sizes = {"batch": self._batch, "chunk": tokens, "context": context}
-        shapes = {tensor.name: tensor.concrete(**sizes) for tensor in graph.inputs}
-        inputs = {t.name: np.empty(shapes[t.name], t.dtype) for t in graph.inputs if t.name in (TOKENS, POSITION)}
-        inputs |= {state.spec.input_name: state.rows(shapes[state.spec.input_name]) for state in read}
-        swapped = {state.spec.output_name: state.spare for state in written if state.spec.update == "replace"}
-        outputs = {
-            tensor.name: swapped[tensor.name]
-            if tensor.name in swapped
-            else np.empty(tensor.concrete(**sizes), tensor.dtype)
-            for tensor in graph.outputs
-        }
-        bound = (inputs, outputs, self._executor.bind(graph.name, inputs, outputs))
-        if tokens == 1:
-            self._bound[key] = bound
-        return bound
+        read = {state.spec.input_name: state for state in (self._states[name] for name in graph.reads)}
+        written = {self._states[name].spec.output_name: self._states[name] for name in graph.writes}
+        inputs, outputs = {}, {}
+        for tensor in graph.inputs:
+            shape, state = tensor.concrete(**sizes), read.get(tensor.name)
+            inputs[tensor.name] = np.empty(shape, tensor.dtype) if state is None else state.leading(shape)
+        for tensor in graph.outputs:
+            shape, state = tensor.concrete(**sizes), written.get(tensor.name)
+            outputs[tensor.name] = np.empty(shape, tensor.dtype) if state is None else state.output(shape)
+        return _Bound(
+            graph,
+            inputs.get(TOKENS),
+            inputs.get(POSITION),
+            outputs.get(LOGITS),
+            tuple((state, state.view(outputs[name])) for name, state in written.items()),
+            self._executor.bind(graph.name, inputs, outputs),
+        )
 
     def _logits_dtype(self) -> str:
         return next(t.dtype for graph in self.spec.graphs for t in graph.outputs if t.name == LOGITS)

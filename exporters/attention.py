@@ -61,7 +61,9 @@ class CachedAttention(StreamModule):
             new_key, new_value = module.heads(module.key(rows)), module.heads(module.value(rows))
             call.write(self.key, new_key)
             call.write(self.value, new_value)
-            runs.append(Keys(new_key, new_value, call.once(("new", where), lambda: self._new(x, rows, table_size))))
+            runs.append(
+                Keys(new_key, new_value, call.once(("new", where), lambda: self._new(x, rows, table_size, call)))
+            )
         encoded = call.once(("positions", where), lambda: module.encode(geometry.distances(self.table_size, x.device)))
         table = module.table(encoded) if call.single else module.table(encoded)[:, :, :table_size]
         return module.merge(attend(module.heads(module.query(x)), runs, table, call.biases))
@@ -82,8 +84,12 @@ class CachedAttention(StreamModule):
         index = self.module.geometry.index(queries[:, :, None], slots)
         return self._seen(index, slots < count[:, None, None], table_size)
 
-    def _new(self, x: Tensor, rows: Tensor, table_size: int) -> Sight:
-        """The rows of this call."""
+    def _new(self, x: Tensor, rows: Tensor, table_size: int, call: Call) -> Sight:
+        """The rows of this call. A single query sees all of them, each at a distance known beforehand."""
+        if call.single:
+            geometry, keys = self.module.geometry, torch.arange(rows.shape[1], device=x.device)
+            assert geometry.offset >= geometry.key_step * (rows.shape[1] - 1), "no row comes later than the query"
+            return Sight(geometry.index(torch.zeros_like(keys), keys), None)
         queries = torch.arange(x.shape[1], device=x.device)[:, None]
         index = self.module.geometry.index(queries, torch.arange(rows.shape[1], device=x.device)[None, :])[None]
         return self._seen(index, self.module.geometry.visible(index), table_size)

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
 from exporters.passes.base import Derived
-from mscompile.contracts import Array, Session, Snapshot, StreamSpec
+from mscompile.contracts import Array, Session, Snapshot, StateSpec, StreamSpec
 
 PREFIX = "derived."
 ROWS, SOURCE = "rows", "source"
@@ -45,6 +45,7 @@ class DerivedStates:
     def __init__(self, graphs: Path, spec: StreamSpec) -> None:
         """`graphs` is the directory the functions were saved to."""
         self._functions: dict[str, tuple[str, ReferenceEvaluator]] = {}
+        self._rings = [state for state in spec.states if state.update == "append"]
         for state in spec.states:
             path = graphs / f"{PREFIX}{state.name}.onnx"
             if path.is_file():
@@ -57,7 +58,21 @@ class DerivedStates:
         states = {name: value for name, value in snapshot.states.items() if name not in sources}
         for name, (source, function) in self._functions.items():
             states[name] = _run(function, snapshot.states[source])
-        return Snapshot(snapshot.position, states, snapshot.cursors)
+        cursors = {name: cursor for name, cursor in snapshot.cursors.items() if name in states}
+        appended = {name: source for name, (source, _) in self._functions.items() if source in snapshot.cursors}
+        cursors |= {name: snapshot.cursors[source] for name, source in appended.items()}
+        for state in self._rings:
+            if state.name not in cursors:
+                states[state.name] = _ring(state, states[state.name], snapshot.position)
+                cursors[state.name] = snapshot.position.copy()
+        return Snapshot(snapshot.position, states, cursors)
+
+
+def _ring(state: StateSpec, rolled: Array, position: Array) -> Array:
+    """Rows in the order of ring slots, from rows in the order of their age: slot s has row s - position."""
+    rows = zip(np.moveaxis(rolled, state.batch_axis, 0), position, strict=True)
+    axis = (state.time_axis or 0) - (state.batch_axis < (state.time_axis or 0))
+    return np.stack([np.roll(row, int(count), axis) for row, count in rows], state.batch_axis)
 
 
 class DerivedSession:

@@ -1,15 +1,20 @@
-"""The passes, in the order they run: fold first, so that the others see weights as constants."""
+"""The passes, in the order they run: fold first, so that the others see weights as constants; hoist before append,
+so that rings hold what attention reads."""
 
 from __future__ import annotations
 
 from exporters import check
-from exporters.passes import fold, hoist
+from exporters.passes import append, fold, hoist, layout, mask, scale
 from exporters.passes.base import Graphs, Outcome, Pass
 from mscompile.contracts import StreamSpec
 
 PASSES: tuple[Pass, ...] = (
     Pass(fold.NAME, fold.WHY, fold.apply),
     Pass(hoist.NAME, hoist.WHY, hoist.apply),
+    Pass(append.NAME, append.WHY, append.apply),
+    Pass(scale.NAME, scale.WHY, scale.apply),
+    Pass(mask.NAME, mask.WHY, mask.apply),
+    Pass(layout.NAME, layout.WHY, layout.apply),
 )
 
 

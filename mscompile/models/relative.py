@@ -76,11 +76,12 @@ class Biases:
 class Sight:
     """How queries see a run of keys: table entries and what is hidden, (1 or B, 1, T, S) each.
 
-    `index` None says that the table already has one entry a key, in the order of the keys.
+    `index` (S,) holds for every query; None says that the table already has one entry a key, in the order of
+    the keys. `hidden` None says that every key is seen.
     """
 
     index: Tensor | None
-    hidden: Tensor
+    hidden: Tensor | None
 
     @classmethod
     def of(cls, index: Tensor, visible: Tensor, table_size: int) -> Sight:
@@ -114,10 +115,13 @@ def attend(query: Tensor, runs: Sequence[Keys], table: Tensor, biases: Biases) -
 
 
 def _scores(by_content: Tensor, by_position: Tensor, run: Keys) -> Tensor:
-    if run.sight.index is not None:
-        by_position = by_position.gather(3, run.sight.index.expand(*by_content.shape[:2], -1, -1))
+    index, hidden = run.sight.index, run.sight.hidden
+    if index is not None:
+        every = index.dim() == 1
+        shape = (*by_content.shape[:2], -1, -1)
+        by_position = by_position.index_select(3, index) if every else by_position.gather(3, index.expand(shape))
     scores = by_content @ run.key.transpose(-1, -2) + by_position
-    return scores.masked_fill(run.sight.hidden, torch.finfo(scores.dtype).min)
+    return scores if hidden is None else scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
 
 
 class RelativeAttention(nn.Module):
