@@ -29,9 +29,10 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from exporters.passes.base import Graphs, Outcome
-from exporters.passes.columns import ELEMENTWISE, Columns, Order, constant, normal
+from exporters.passes.columns import ELEMENTWISE, Columns, Order
+from exporters.passes.nodes import constant, dims, normal, take_place
 from exporters.passes.row_wise import slice_start
-from mscompile.contracts import CHUNK, GraphSpec, Hit, StateSpec, StreamSpec
+from mscompile.contracts import CHUNK, POSITION, GraphSpec, Hit, StateSpec, StreamSpec
 
 NAME = "append"
 WHY = "a memory that rolls is a ring: the graph returns the new rows, the host writes them"
@@ -78,13 +79,7 @@ class Found:
 def apply(graphs: Graphs, spec: StreamSpec) -> Outcome:
     """All rolling memories that allow it become rings, in all graphs at once."""
     wanted = {state.name for state in spec.states if state.update == "replace"}
-    refused: dict[str, str] = {}
-    while True:
-        try:
-            found = [_find(graphs[graph.name].graph, graph, spec, wanted - refused.keys()) for graph in spec.graphs]
-            break
-        except _Refused as refusal:
-            refused |= dict.fromkeys(refusal.states, str(refusal))
+    found, refused = _find_all(graphs, spec, wanted)
     for each in found:
         if each.rolling:
             _rewrite(graphs[each.spec.name], each)
@@ -98,6 +93,18 @@ def apply(graphs: Graphs, spec: StreamSpec) -> Outcome:
 
 
 # ---- Finding ----------------------------------------------------------------------------------------------
+
+
+def _find_all(graphs: Graphs, spec: StreamSpec, wanted: set[str]) -> tuple[list[Found], dict[str, str]]:
+    """What can be a ring in every graph, and why the others cannot; one refusal may lead to another."""
+    refused: dict[str, str] = {}
+    while True:
+        try:
+            return [
+                _find(graphs[graph.name].graph, graph, spec, wanted - refused.keys()) for graph in spec.graphs
+            ], refused
+        except _Refused as refusal:
+            refused |= dict.fromkeys(refusal.states, str(refusal))
 
 
 def _find(graph: ir.Graph, spec: GraphSpec, stream: StreamSpec, wanted: Iterable[str]) -> Found:
@@ -136,45 +143,37 @@ def _rolling(graph: ir.Graph, spec: GraphSpec, state: StateSpec) -> Rolling:
     joined, new = concat.outputs[0], concat.inputs[1]
     axis = normal(concat.attributes["axis"].as_int(), len(state.shape))
     rows = state.shape[axis]
-    if new is None or new.shape is None or not isinstance(rows, int) or _dim(new, axis) != spec.tokens:
+    if new is None or not isinstance(rows, int) or dims(new)[axis : axis + 1] != [spec.tokens]:
         raise refuse("does not join it with one new row a token")
     last = out.producer()
-    total = _dim(joined, axis)
+    total = dims(joined)[axis]
     newest = [-rows, *([total - rows] if isinstance(total, int) else [])]
     if last is None or last.inputs[0] is not joined or out.uses() or slice_start(last, 0, axis) not in newest:
         raise refuse(f"does not keep the newest {rows} rows")
     return Rolling(state, given, joined, new, out, axis)
 
 
-def _dim(value: ir.Value, axis: int) -> int | str | None:
-    dim = None if value.shape is None else value.shape[axis]
-    return dim if isinstance(dim, int) or dim is None else dim.value
-
-
 def _through(node: ir.Node, read: list[int], columns: Mapping[ir.Value, Columns]) -> Columns | None:
     """The columns of a node's output; None where it sums them up. _Refused if it depends on their order."""
-    given: list[tuple[int, ir.Value, Columns]] = []
-    for index in read:
-        value = node.inputs[index]
-        assert value is not None
-        given.append((index, value, columns[value]))
-    states = frozenset().union(*(column.states for *_, column in given))
-    _, first, column = given[0]
-    rank = len(first.shape or ())
-    if any(other.rows != column.rows for *_, other in given):
+    values = {index: value for index in read if (value := node.inputs[index]) is not None}
+    given = {index: columns[value] for index, value in values.items()}
+    states = frozenset().union(*(column.states for column in given.values()))
+    first = replace(next(iter(given.values())), states=states)
+    if len({column.rows for column in given.values()}) > 1:
         raise _Refused(states, f"{node.op_type} joins memories of different lengths")
+    rank = len(dims(node.outputs[0]))
+    shifts = {index: rank - len(dims(value)) for index, value in values.items()}
     if node.op_type == "MatMul":
-        ends = {(index, len(value.shape or ()) - other.axis) for index, value, other in given}
+        ends = {(index, len(dims(value)) - given[index].axis) for index, value in values.items()}
         if ends == {(0, 1), (1, 2)}:
             return None
-        if len(given) == 1 and ends <= {(1, 1), (0, 2)}:
-            return column.moved(len(node.outputs[0].shape or ()) - rank, states)
+        if ends in ({(1, 1)}, {(0, 2)}):
+            return first.moved(next(iter(shifts.values())))
     elif node.op_type == "Transpose":
         order = list(node.attributes["perm"].as_ints())
-        return replace(column, axis=order.index(column.axis), batch=order.index(column.batch))
+        return replace(first, axis=order.index(first.axis), batch=order.index(first.batch))
     elif node.op_type in APART:
-        out_rank = len(node.outputs[0].shape or ())
-        moved = {other.moved(out_rank - len(value.shape or ()), states) for _, value, other in given}
+        moved = {replace(given[index].moved(shift), states=states) for index, shift in shifts.items()}
         if len(moved) == 1:
             return moved.pop()
     raise _Refused(states, f"{node.op_type} depends on the order of its rows")
@@ -185,70 +184,78 @@ def _through(node: ir.Node, read: list[int], columns: Mapping[ir.Value, Columns]
 
 def _rewrite(model: ir.Model, found: Found) -> None:
     graph = model.graph
-    order = Order(graph, next(value for value in graph.inputs if value.name == "position"), found.spec.tokens)
+    position = next(value for value in graph.inputs if value.name == POSITION)
+    order = Order(graph, position, found.spec.tokens)
     for node in list(graph):
         column = found.columns.get(node.outputs[0])
         if column is not None and node.op_type in APART:
             _align(node, column, found.columns, order)
     for row in found.rolling.values():
         if found.spec.tokens == 1:
-            for usage in list(row.joined.uses()):
-                if usage.node.op_type == "MatMul":
-                    _split(graph, usage.node, usage.idx, row)
+            _split_products(graph, row)
         _return_new(graph, row, found.spec)
     common.CommonSubexpressionEliminationPass()(model)
     common.RemoveUnusedNodesPass()(model)
     graph.sort()
 
 
+def _split_products(graph: ir.Graph, row: Rolling) -> None:
+    """Every product with the joined rows, which may have been transposed first."""
+    for usage in list(row.joined.uses()):
+        node = usage.node
+        if node.op_type == "MatMul" and usage.idx == 1:
+            _split(graph, node, row, row.given, row.new, row.axis)
+        elif node.op_type == "Transpose":
+            perm = list(node.attributes["perm"].as_ints())
+            products = [use.node for use in node.outputs[0].uses() if use.node.op_type == "MatMul" and use.idx == 1]
+            if products:
+                given, new = (_transposed(graph, node, value, perm) for value in (row.given, row.new))
+                for each in products:
+                    _split(graph, each, row, given, new, perm.index(row.axis))
+
+
+def _transposed(graph: ir.Graph, node: ir.Node, value: ir.Value, perm: list[int]) -> ir.Value:
+    made = ir.node("Transpose", [value], {"perm": perm}, metadata_props=dict(node.metadata_props))
+    made.outputs[0].type = value.type
+    made.outputs[0].shape = ir.Shape([dims(value)[axis] for axis in perm])
+    graph.insert_before(node, made)
+    return made.outputs[0]
+
+
 def _align(node: ir.Node, column: Columns, known: Mapping[ir.Value, Columns], order: Order) -> None:
     """Bring the operands that have the columns in their old order into the new one."""
-    rank = len(node.outputs[0].shape or ())
+    rank = len(dims(node.outputs[0]))
     for index, value in enumerate(node.inputs):
-        if value is None or value in known or value.shape is None:
+        if value is None or value in known or not dims(value):
             continue
-        here = column.moved(len(value.shape) - rank, column.states)
-        if here.axis >= 0 and value.shape[here.axis] != 1:
+        here = column.moved(len(dims(value)) - rank)
+        if here.axis >= 0 and dims(value)[here.axis] != 1:
             node.replace_input_with(index, order.permuted(value, here))
 
 
-def _split(graph: ir.Graph, node: ir.Node, index: int, row: Rolling) -> None:
+def _split(graph: ir.Graph, node: ir.Node, row: Rolling, given: ir.Value, new: ir.Value, axis: int) -> None:
     """A product with joined rows, as products with the remembered and with the new ones."""
-    out = node.outputs[0]
+    left, out = node.inputs[0], node.outputs[0]
     module = dict(node.metadata_props)
-    if index == 1 and row.axis == len(row.state.shape) - 1:  # columns of the result
-        left = node.inputs[0]
-        parts = [ir.node("MatMul", [left, rows], metadata_props=module) for rows in (row.given, row.new)]
-        for part, rows in zip(parts, (row.given, row.new), strict=True):
-            _typed(part.outputs[0], out, rows.shape[row.axis] if rows.shape else None)
-        made = ir.node("Concat", [part.outputs[0] for part in parts], {"axis": -1}, metadata_props=module)
-        nodes = [*parts, made]
-    elif index == 1:  # summed up
-        weights = node.inputs[0]
-        assert weights is not None
-        sizes = constant(graph, [row.rows, 1])
-        cut = ir.node("Split", [weights, sizes], {"axis": -1}, num_outputs=2, metadata_props=module)
+
+    def product(weights: ir.Value | None, rows: ir.Value, last: int | str | None) -> ir.Value:
+        made = ir.node("MatMul", [weights, rows], metadata_props=module)
+        made.outputs[0].type, made.outputs[0].shape = out.type, ir.Shape([*dims(out)[:-1], last])
+        graph.insert_before(node, made)
+        return made.outputs[0]
+
+    if axis == len(dims(given)) - 1:  # they are columns of the result
+        parts = [product(left, rows, dims(rows)[axis]) for rows in (given, new)]
+        made = ir.node("Concat", parts, {"axis": len(dims(out)) - 1}, metadata_props=module)
+    else:  # they are summed up
+        cut = ir.node("Split", [left, constant(graph, [row.rows, 1])], {"axis": -1}, num_outputs=2)
+        cut.metadata_props.update(module)
         for part, size in zip(cut.outputs, (row.rows, 1), strict=True):
-            _typed(part, weights, size)
-        parts = [
-            ir.node("MatMul", [weight, rows], metadata_props=module)
-            for weight, rows in zip(cut.outputs, (row.given, row.new), strict=True)
-        ]
-        for part in parts:
-            _typed(part.outputs[0], out)
-        made = ir.node("Add", [part.outputs[0] for part in parts], metadata_props=module)
-        nodes = [cut, *parts, made]
-    else:
-        return
-    _typed(made.outputs[0], out)
-    graph.insert_after(node, nodes)
-    out.replace_all_uses_with(made.outputs[0])
-
-
-def _typed(value: ir.Value, like: ir.Value, last: int | ir.SymbolicDim | None = None) -> None:
-    value.type = like.type
-    dims = list(like.shape or ())
-    value.shape = ir.Shape(dims if last is None else [*dims[:-1], last])
+            part.type, part.shape = out.type, ir.Shape([*dims(left)[:-1], size])
+        graph.insert_before(node, cut)
+        parts = [product(*pair, dims(out)[-1]) for pair in zip(cut.outputs, (given, new), strict=True)]
+        made = ir.node("Add", parts, metadata_props=module)
+    take_place(graph, node, made)
 
 
 def _return_new(graph: ir.Graph, row: Rolling, spec: GraphSpec) -> None:

@@ -1,11 +1,12 @@
-"""mask: hidden columns are added to the scores as one large negative number, once for all layers and heads.
+"""mask: hidden columns get one large negative number added to their scores, once for all layers and heads.
 
 Given                                              Becomes
-  softmax(Where(hidden, -inf, scores))               bias = Where(hidden, -inf, 0)         once
+  softmax(Where(hidden, lowest, scores))             bias = Where(hidden, lowest, 0)       once
   hidden (B, 1, T, S), scores (B, H, T, S)           softmax(scores + bias)
 
-An addition that broadcasts over heads is several times faster than a selection that does. Equal as long as a
-row of scores has one visible column, since the number dwarfs any score; attention where a token sees itself has.
+An addition that broadcasts over heads is several times faster than a selection that does (ONNX Runtime: 11 of 103
+ms of a prefill of 128 tokens went into the selections). Equal as long as each row of scores has a visible column,
+since the number dwarfs any score; attention where a token sees itself has one.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from exporters.passes.base import Graphs, Outcome
+from exporters.passes.nodes import dims, initializer, number, take_place
 from mscompile.contracts import Hit, StreamSpec
 
 NAME = "mask"
@@ -32,20 +34,12 @@ def _apply(graph: ir.Graph) -> Iterator[Hit]:
     found = [node for node in graph if node.op_type == "Where" and _hides(node)]
     for node in found:
         hidden, lowest, scores = node.inputs
-        assert hidden is not None and lowest is not None and lowest.const_value is not None and scores is not None
-        key = (hidden, float(lowest.const_value.numpy().item()))
+        assert hidden is not None
+        key = (hidden, number(lowest) or 0.0)
         if key not in biases:
-            zero = _zero(graph, lowest.const_value)
-            made = ir.node("Where", [hidden, lowest, zero], metadata_props=dict(node.metadata_props))
-            made.outputs[0].type, made.outputs[0].shape = scores.type, hidden.shape
-            graph.insert_before(node, made)
-            biases[key] = made.outputs[0]
+            biases[key] = _bias(graph, node)
         added = ir.node("Add", [scores, biases[key]], metadata_props=dict(node.metadata_props))
-        out = node.outputs[0]
-        added.outputs[0].type, added.outputs[0].shape = out.type, out.shape
-        graph.insert_before(node, added)
-        out.replace_all_uses_with(added.outputs[0])
-        graph.remove(node, safe=True)
+        take_place(graph, node, added)
     if found:
         yield Hit(NAME, graph.name or "", True, f"{len(found)} selections are additions of {len(biases)} masks")
 
@@ -53,33 +47,31 @@ def _apply(graph: ir.Graph) -> Iterator[Hit]:
 def _hides(node: ir.Node) -> bool:
     """Does this Where hide columns from a softmax, with a mask that is smaller than the scores?"""
     hidden, lowest, scores = node.inputs
-    if hidden is None or lowest is None or scores is None or hidden.shape is None or scores.shape is None:
+    largest = number(lowest)
+    if largest is None or largest > DWARFS or not dims(hidden):
         return False
-    number = lowest.const_value
-    if number is None or number.size != 1 or float(number.numpy().item()) > DWARFS:
-        return False
-    wider = len(scores.shape) == len(hidden.shape) and list(hidden.shape) != list(scores.shape)
-    return wider and _feeds_softmax(node.outputs[0])
+    smaller = len(dims(scores)) == len(dims(hidden)) and dims(hidden) != dims(scores)
+    return smaller and _feeds_softmax(node.outputs[0])
 
 
 def _feeds_softmax(value: ir.Value) -> bool:
     """Do all uses end in a softmax, perhaps after other columns were joined to these?"""
     nodes = [usage.node for usage in value.uses()]
-    return (
-        bool(nodes)
-        and not value.is_graph_output()
-        and all(
-            node.op_type == "Softmax" or (node.op_type == "Concat" and _feeds_softmax(node.outputs[0]))
-            for node in nodes
-        )
-    )
+    return bool(nodes) and not value.is_graph_output() and all(map(_is_softmax, nodes))
 
 
-def _zero(graph: ir.Graph, like: ir.TensorProtocol) -> ir.Value:
-    name = f"zero_{like.dtype.name.lower()}"
-    if name not in graph.initializers:
-        tensor = ir.tensor(np.zeros((), like.numpy().dtype), name=name)
-        graph.register_initializer(
-            ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape([]))
-        )
-    return graph.initializers[name]
+def _is_softmax(node: ir.Node) -> bool:
+    return node.op_type == "Softmax" or (node.op_type == "Concat" and _feeds_softmax(node.outputs[0]))
+
+
+def _bias(graph: ir.Graph, node: ir.Node) -> ir.Value:
+    hidden, lowest, _ = node.inputs
+    assert hidden is not None
+    assert lowest is not None
+    assert lowest.const_value is not None
+    dtype = lowest.const_value.dtype.numpy()
+    zero = initializer(graph, f"zero_{dtype.name}", np.zeros((), dtype))
+    made = ir.node("Where", [hidden, lowest, zero], metadata_props=dict(node.metadata_props))
+    made.outputs[0].type, made.outputs[0].shape = lowest.type, hidden.shape
+    graph.insert_before(node, made)
+    return made.outputs[0]

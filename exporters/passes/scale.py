@@ -5,9 +5,9 @@ Given                                              Becomes
   a = (q + u) c                                      a = q + (c u)
   b = (q + v) c                                      b = q + (c v)
 
-A product with a factor of its own leaves the fast path of runtimes that is made for one row. Exact up to the
-rounding of c W, and for a factor that is a power of two, as 1/sqrt(64), exactly. Refused, quietly, where some
-use of the product is not scaled by the same factor.
+A factor beside a product makes runtimes fuse the two and leave their fast path for one row (ONNX Runtime: 98 us
+instead of 53 for the keys of 512 rows). Exact up to the rounding of c W; for a power of two, as 1/sqrt(64),
+exactly. A product stays as it is where some use of it is not scaled by the same factor.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import numpy as np
 import onnx_ir as ir
 
 from exporters.passes.base import Graphs, Outcome
-from mscompile.contracts import Hit, StreamSpec
+from exporters.passes.nodes import changed, number
+from mscompile.contracts import Array, Hit, StreamSpec
 
 NAME = "scale"
 WHY = "a constant factor of a projection is multiplied into its weights once, at export"
@@ -45,29 +45,24 @@ def apply(graphs: Graphs, spec: StreamSpec) -> Outcome:
 
 
 def _apply(graph: ir.Graph) -> Iterator[Hit]:
+    scaled: dict[float, int] = {}
     for node in list(graph):
         weight = node.inputs[1] if node.op_type == "MatMul" else None
-        if weight is None or weight.const_value is None:
-            continue
-        reach = _Reach()
-        try:
-            _follow(node.outputs[0], reach)
-        except _Unscaled:
-            continue
-        if reach.factor is None or not reach.scaled:
-            continue
-        factor = reach.factor
-        node.replace_input_with(1, _scaled(graph, weight, factor))
-        for added, index in reach.added:
-            constant = added.inputs[index]
-            assert constant is not None
-            added.replace_input_with(index, _scaled(graph, constant, factor))
-        for multiplied in reach.scaled:
-            source = next(value for value in multiplied.inputs if value is not None and value.const_value is None)
-            multiplied.outputs[0].replace_all_uses_with(source)
-            graph.remove(multiplied, safe=True)
-        place = node.metadata_props.get("module") or node.name or "?"
-        yield Hit(NAME, f"{graph.name}: {place}", True, f"the factor {factor:g} is part of the weights")
+        reach = _reach(node) if weight is not None and weight.const_value is not None else None
+        if reach is not None and reach.factor is not None:
+            _absorb(graph, node, reach, reach.factor)
+            scaled[reach.factor] = scaled.get(reach.factor, 0) + 1
+    for factor, count in scaled.items():
+        yield Hit(NAME, graph.name or "", True, f"the factor {factor:g} of {count} products is part of their weights")
+
+
+def _reach(node: ir.Node) -> _Reach | None:
+    reach = _Reach()
+    try:
+        _follow(node.outputs[0], reach)
+    except _Unscaled:
+        return None
+    return reach
 
 
 def _follow(value: ir.Value, reach: _Reach) -> None:
@@ -75,8 +70,9 @@ def _follow(value: ir.Value, reach: _Reach) -> None:
     if value.is_graph_output() or not value.uses():
         raise _Unscaled
     for usage in value.uses():
-        node, other = usage.node, usage.node.inputs[1 - usage.idx] if len(usage.node.inputs) == 2 else None
-        if node.op_type == "Mul" and (factor := _scalar(other)) is not None:
+        node = usage.node
+        other = node.inputs[1 - usage.idx] if len(node.inputs) == 2 else None
+        if node.op_type == "Mul" and (factor := number(other)) is not None:
             if reach.factor not in (None, factor) or node.outputs[0].is_graph_output():
                 raise _Unscaled
             reach.factor = factor
@@ -90,24 +86,16 @@ def _follow(value: ir.Value, reach: _Reach) -> None:
             raise _Unscaled
 
 
-def _scalar(value: ir.Value | None) -> float | None:
-    if value is None or value.const_value is None or value.const_value.size != 1:
-        return None
-    return float(value.const_value.numpy().item())
+def _absorb(graph: ir.Graph, product: ir.Node, reach: _Reach, factor: float) -> None:
+    def times(numbers: Array) -> Array:
+        result: Array = numbers * numbers.dtype.type(factor)
+        return result
 
-
-def _scaled(graph: ir.Graph, value: ir.Value, factor: float) -> ir.Value:
-    """A new initializer, `factor` times the old one; computed when it is written."""
-    old = value.const_value
-    assert old is not None
-    name = f"{value.name}.scaled_{factor:g}"
-    if name not in graph.initializers:
-
-        def product() -> ir.TensorProtocol:
-            numbers = old.numpy()
-            return ir.tensor(numbers * np.asarray(factor, numbers.dtype), name=name)
-
-        tensor = ir.LazyTensor(product, dtype=old.dtype, shape=old.shape, name=name)
-        made = ir.Value(name=name, const_value=tensor, type=ir.TensorType(old.dtype), shape=old.shape)
-        graph.register_initializer(made)
-    return graph.initializers[name]
+    for node, index in [(product, 1), *reach.added]:
+        constant = node.inputs[index]
+        assert constant is not None
+        node.replace_input_with(index, changed(graph, constant, f"times_{factor:g}", times))
+    for node in reach.scaled:
+        source = next(value for value in node.inputs if value is not None and value.const_value is None)
+        node.outputs[0].replace_all_uses_with(source)
+        graph.remove(node, safe=True)

@@ -4,12 +4,13 @@ so that rings hold what attention reads."""
 from __future__ import annotations
 
 from exporters import check
-from exporters.passes import append, fold, hoist, layout, mask, scale
+from exporters.passes import append, dead, fold, hoist, layout, mask, scale
 from exporters.passes.base import Graphs, Outcome, Pass
 from mscompile.contracts import StreamSpec
 
 PASSES: tuple[Pass, ...] = (
     Pass(fold.NAME, fold.WHY, fold.apply),
+    Pass(dead.NAME, dead.WHY, dead.apply),
     Pass(hoist.NAME, hoist.WHY, hoist.apply),
     Pass(append.NAME, append.WHY, append.apply),
     Pass(scale.NAME, scale.WHY, scale.apply),
