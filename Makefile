@@ -1,7 +1,7 @@
 # make demo    export both example checkpoints, check parity, compare latency, generate text
 # make test    every test (make quick: without the slow ones)
 # make lint    ruff and mypy
-# make bench   latency of both example models; results go to benchmarks/results/
+# make bench   the performance targets, short form, and latency of both example models; see docs/performance.md
 # make clean   remove what these targets made
 # Each target first sets up .venv, which takes some minutes the first time.
 
@@ -43,6 +43,7 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/run.py --examples
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,5 +1,8 @@
 """ONNX Runtime: the graphs as they are, on the CPU, or on a CUDA device where one is present.
 
+Graphs in half precision are the exception: on a CPU they are rewritten to compute in FP32 and round every result
+(ort_half.py). The rewritten graphs lie in the engine's directory.
+
 A provider that cannot take a node is an error here, never a silent fallback: CUDA sessions are created with
 `session.disable_cpu_ep_fallback`, and the provider of every session is checked against the one asked for.
 """
@@ -7,16 +10,22 @@ A provider that cannot take a node is an error here, never a silent fallback: CU
 from __future__ import annotations
 
 import json
+import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from engines import ort_packed
 from engines.session import StreamSession
 from mscompile.contracts import Array, GraphSpec, Profile, StreamSpec, TensorSpec
 from mscompile.errors import BundleError, EngineError, EngineUnavailable
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 CONFIG = "engine.json"
+
+# Products of integer weights take activations rounded to 8 bits in blocks; in FP32 they are up to 50 times slower.
+ACCURACY_LEVEL = "4"
 
 _TYPES = {
     "int64": "tensor(int64)",
@@ -29,10 +38,16 @@ _TYPES = {
 class OrtPlan:
     """One inference session a graph, shared by all stream sessions."""
 
-    def __init__(self, spec: StreamSpec, graphs: Path, provider: str) -> None:
+    def __init__(
+        self, spec: StreamSpec, graphs: Path, provider: str, built: Path | None = None, optimized: Path | None = None
+    ) -> None:
+        """`built` may hold rewritten graphs; `optimized` is where to keep what the runtime makes of each graph."""
         self.spec = spec
         self.provider = provider
-        self.sessions = {graph.name: _open(graphs / f"{graph.name}.onnx", graph, provider) for graph in spec.graphs}
+        self.sessions = {
+            graph.name: _open(_source(graphs, built, graph.name), graphs, graph, provider, optimized)
+            for graph in spec.graphs
+        }
 
     def session(self, batch: int = 1) -> StreamSession:
         return StreamSession(self.spec, _OrtExecutor(self), batch)
@@ -88,11 +103,24 @@ class OrtEngine:
     def build(self, graphs: Path, out: Path, spec: StreamSpec, profile: Profile) -> dict[str, Any]:
         """Create every session once, which proves that the runtime takes the graphs, and record how."""
         del profile  # dynamic shapes need no profile here
-        provider = _provider()
-        OrtPlan(spec, graphs, provider)
         import onnxruntime
 
-        facts = {"runtime": "onnxruntime", "version": onnxruntime.__version__, "built_on": provider}
+        from engines import ort_half, ort_numerics
+
+        provider = _provider()
+        emulated = ort_half.rewrite(graphs, out, [graph.name for graph in spec.graphs]) if provider == CPU else {}
+        facts: dict[str, Any] = {"runtime": "onnxruntime", "version": onnxruntime.__version__, "built_on": provider}
+        numerics = {}
+        with ort_packed.PackedGraphs(out) as packed:
+            for graph in spec.graphs:  # one at a time: a session holds a copy of its weights
+                with tempfile.TemporaryDirectory(dir=out) as scratch:
+                    _open(_source(graphs, out, graph.name), graphs, graph, provider, Path(scratch))
+                    optimized = Path(scratch, f"{graph.name}.onnx")
+                    numerics[graph.name] = ort_numerics.inspected(optimized)
+                    if provider == CPU:
+                        packed.add(optimized)
+        facts["packed_for"] = ort_packed.environment() if provider == CPU else None
+        facts["numerics"] = ort_half.relabelled(numerics, emulated)
         (out / CONFIG).write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         return facts
 
@@ -101,7 +129,10 @@ class OrtEngine:
             raise EngineUnavailable(reason)
         if not (built / CONFIG).is_file():
             raise BundleError(f"{built / CONFIG} is missing: this bundle was not exported with --target ort")
-        return OrtPlan(spec, graphs, _provider())
+        provider = _provider()
+        if provider == CPU and _facts(built / CONFIG).get("packed_for") == ort_packed.environment():
+            return OrtPlan(spec, built / ort_packed.FOLDER, provider)
+        return OrtPlan(spec, graphs, provider, built)
 
 
 def _provider() -> str:
@@ -116,15 +147,39 @@ def _provider() -> str:
     return CUDA if CUDA in onnxruntime.get_available_providers() and device_count() else CPU
 
 
-def _open(path: Path, graph: GraphSpec, provider: str) -> Any:
+def _facts(path: Path) -> dict[str, Any]:
+    """What the build recorded."""
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BundleError(f"{path} is damaged: {error}; export the bundle again") from error
+    return facts if isinstance(facts, dict) else {}
+
+
+def _source(graphs: Path, built: Path | None, name: str) -> Path:
+    """The graph to run: the engine's own form of it where there is one."""
+    own = None if built is None else built / f"{name}.onnx"
+    return own if own is not None and own.is_file() else graphs / f"{name}.onnx"
+
+
+def _open(path: Path, graphs: Path, graph: GraphSpec, provider: str, optimized: Path | None) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", ACCURACY_LEVEL)
+    if "torch" in sys.modules:  # its threads and spinning ones would fight for the processors
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if optimized is not None:
+        ort_packed.write_optimized(options, optimized / path.name)
     if provider == CUDA:
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
+        given: str | bytes = str(path)
+        if path.parent != graphs:
+            given = path.read_bytes()
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graphs))
+        session = onnxruntime.InferenceSession(given, options, providers=[provider])
     except Exception as error:
         raise EngineError(f"ONNX Runtime cannot load {path.name} on {provider}: {_first_line(error)}") from error
     if session.get_providers()[0] != provider:

@@ -6,21 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from engines import tensorrt_numerics
 from engines.tensorrt_library import LOG_IN_USE, Library, Native, Runtime, boundary, messages, refusal
+from engines.tensorrt_numerics import DTYPES
 from engines.tensorrt_sidecar import Ranges, described, write_sidecar
 from mscompile.contracts import GraphSpec, Profile, StreamSpec, TensorSpec
 from mscompile.errors import EngineError
-
-DTYPES = {
-    "FLOAT": "float32",
-    "HALF": "float16",
-    "BF16": "bfloat16",
-    "INT8": "int8",
-    "INT32": "int32",
-    "INT64": "int64",
-    "BOOL": "bool",
-    "UINT8": "uint8",
-}
 
 
 def build(
@@ -39,10 +30,11 @@ def build(
     runtime: Runtime = library.load()
     ranges = Ranges.of(spec, profile)
     built: dict[str, dict[str, Any]] = {}
+    numerics: dict[str, dict[str, Any]] = {}
     for graph in spec.graphs:
         source = graphs / f"{graph.name}.onnx"
         with LOG_IN_USE, boundary(f"{library.title} cannot build {source.name}"):
-            serialized, facts = _build_graph(runtime, source, graph, ranges, configure)
+            serialized, facts, numerics[graph.name] = _build_graph(runtime, source, graph, ranges, configure)
             (out / f"{graph.name}.engine").write_bytes(serialized)
         built[graph.name] = described(graph, ranges) | facts
     made = {
@@ -55,6 +47,7 @@ def build(
         **made,
         "size_bytes": {name: row["size_bytes"] for name, row in built.items()},
         "warnings": {name: row["warnings"] for name, row in built.items() if row["warnings"]},
+        "numerics": numerics,
     }
 
 
@@ -64,8 +57,8 @@ def _build_graph(
     graph: GraphSpec,
     ranges: Ranges,
     configure: Callable[[Runtime, Native], None] | None,
-) -> tuple[bytes, dict[str, Any]]:
-    """The serialized engine of one graph, and what is known of it only after the build."""
+) -> tuple[bytes, dict[str, Any], dict[str, Any]]:
+    """The serialized engine of one graph, what is known of it only after the build, and its types."""
     log = messages(runtime)
     log.take()
     builder = runtime.Builder(log)
@@ -87,7 +80,8 @@ def _build_graph(
     if serialized is None:
         raise EngineError(refusal(f"{runtime.__name__} cannot build {source.name}", log))
     data = bytes(serialized)
-    return data, {"size_bytes": len(data), "layers": network.num_layers, "warnings": log.take()[1]}
+    facts = {"size_bytes": len(data), "layers": network.num_layers, "warnings": log.take()[1]}
+    return data, facts, tensorrt_numerics.inspected(network)
 
 
 def _network_flags(runtime: Runtime) -> int:

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from mscompile.contracts import BATCH
 
-PRODUCTS = ("MatMul", "Gemm")
+PRODUCTS = ("MatMul", "Gemm", "MatMulInteger")
 
 
 def flops(model: ir.Model) -> int:

@@ -24,11 +24,11 @@ ROWS, SOURCE = "rows", "source"
 
 def evaluate(function: ir.Model, rows: Array) -> Array:
     """The new state of an old state's rows."""
-    return _run(ReferenceEvaluator(ir.to_proto(function)), rows)
+    return _run(ReferenceEvaluator(ir.to_proto(function)), {ROWS: rows})
 
 
-def _run(function: ReferenceEvaluator, rows: Array) -> Array:
-    outputs: Any = function.run(None, {ROWS: rows})
+def _run(function: ReferenceEvaluator, given: Mapping[str, Array]) -> Array:
+    outputs: Any = function.run(None, dict(given))
     return np.asarray(outputs[0])
 
 
@@ -39,32 +39,48 @@ def models(derived: Mapping[str, Derived]) -> dict[str, ir.Model]:
     return {f"{PREFIX}{name}": row.function for name, row in derived.items()}
 
 
+class _Saved:
+    """A function that was saved; its weights are mapped from their file and given to each call, never copied."""
+
+    def __init__(self, path: Path) -> None:
+        graph = ir.load(path).graph
+        tensors = {name: value.const_value for name, value in graph.initializers.items()}
+        self._weights = {name: tensor.numpy() for name, tensor in tensors.items() if tensor is not None}
+        proto = onnx.load(path, load_external_data=False)
+        del proto.graph.initializer[:]
+        self._function = ReferenceEvaluator(proto)
+        self.source = next(entry.value for entry in proto.metadata_props if entry.key == SOURCE)
+
+    def __call__(self, rows: Array) -> Array:
+        return _run(self._function, {ROWS: rows, **self._weights})
+
+
 class DerivedStates:
     """Snapshots of the stream program, in terms of the states that a bundle has."""
 
     def __init__(self, graphs: Path, spec: StreamSpec) -> None:
         """`graphs` is the directory the functions were saved to."""
-        self._functions: dict[str, tuple[str, ReferenceEvaluator]] = {}
+        self._functions: dict[str, _Saved] = {}
+        self._kept = {state.name for state in spec.states}
         self._rings = [state for state in spec.states if state.update == "append"]
         for state in spec.states:
             path = graphs / f"{PREFIX}{state.name}.onnx"
             if path.is_file():
-                model = onnx.load(str(path))
-                source = next(entry.value for entry in model.metadata_props if entry.key == SOURCE)
-                self._functions[state.name] = (source, ReferenceEvaluator(model))
+                self._functions[state.name] = _Saved(path)
 
     def of(self, snapshot: Snapshot) -> Snapshot:
-        sources = {source for source, _ in self._functions.values()}
+        sources = {function.source for function in self._functions.values()}
         states = {name: value for name, value in snapshot.states.items() if name not in sources}
-        for name, (source, function) in self._functions.items():
-            states[name] = _run(function, snapshot.states[source])
+        for name, function in self._functions.items():
+            states[name] = function(snapshot.states[function.source])
         cursors = {name: cursor for name, cursor in snapshot.cursors.items() if name in states}
-        appended = {name: source for name, (source, _) in self._functions.items() if source in snapshot.cursors}
+        appended = {name: f.source for name, f in self._functions.items() if f.source in snapshot.cursors}
         cursors |= {name: snapshot.cursors[source] for name, source in appended.items()}
         for state in self._rings:
             if state.name not in cursors:
                 states[state.name] = _ring(state, states[state.name], snapshot.position)
                 cursors[state.name] = snapshot.position.copy()
+        states = {name: value for name, value in states.items() if name in self._kept}
         return Snapshot(snapshot.position, states, cursors)
 
 

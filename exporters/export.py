@@ -1,25 +1,32 @@
-"""Stream program -> ONNX graphs, one for each GraphSpec, as onnx-ir models in memory.
+"""Streaming modules -> ONNX graphs, one for each GraphSpec, as onnx-ir models in memory.
 
-torch.onnx.export traces the streaming modules as they are. It can drop the constraints of a dynamic
-dimension or freeze it without an error, so `exporters.check` compares every graph with its GraphSpec after
-each stage. The warnings it is known to give are listed below with the reason; any other is passed on.
+The weights of a graph are the module's own tensors, never copies. torch.onnx.export traces the modules as they are.
+It can drop the constraints of a dynamic dimension or freeze it without an error, so `exporters.check` compares every
+graph with its GraphSpec after each stage. The warnings it is known to give are listed below with the reason; any
+other is passed on.
 """
 
 from __future__ import annotations
 
 import ast
+import gc
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 import torch
+from onnx_ir.tensor_adapters import TorchTensor
+from torch import nn
 
+from exporters import forked
 from exporters.lowerings import TRANSLATIONS
-from exporters.program import GraphModule, StreamProgram
+from exporters.program import StreamProgram
 from mscompile.contracts import BATCH, CHUNK, CONTEXT, GraphSpec, TensorSpec
 from mscompile.errors import ExportError
 
@@ -31,15 +38,37 @@ EXPECTED_WARNINGS = (
     (r"torchvision is not installed", "no graph here uses torchvision"),
 )
 
+ELSEWHERE = "weights of the module"  # in graphs on their way between processes
+
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 
 logger = logging.getLogger(__name__)
 
 
+def export_graphs(program: StreamProgram, begins: Callable[[str], None] = lambda _: None) -> dict[str, ir.Model]:
+    """Trace every graph of the program, several at once where that is possible; `begins` is told each name."""
+    names = [graph.name for graph in program.spec.graphs]
+    apart = forked.run(names, lambda name: _trace_apart(program, name), begins)
+    models = {}
+    for name in names:
+        if name in apart:
+            models[name] = _attached(apart[name], program.graphs[name])
+        else:
+            begins(name)
+            models[name] = export_graph(program, name)
+    return models
+
+
 def export_graph(program: StreamProgram, name: str) -> ir.Model:
     """Trace one graph of the program. Raises ExportError naming the graph if the trace fails."""
-    module, spec = program.graphs[name], program.spec.graph(name)
-    multiple = program.spec.schedule.chunk_multiple
+    return export_module(program.graphs[name], program.spec.graph(name), program.spec.schedule.chunk_multiple)
+
+
+def export_module(module: nn.Module, spec: GraphSpec, multiple: int = 1) -> ir.Model:
+    """Trace a module whose arguments and results are those of the spec, in its order.
+
+    Calls of many tokens take whole groups of `multiple` tokens. Raises ExportError naming the graph if the trace fails.
+    """
     arguments = tuple(_example(tensor, multiple) for tensor in spec.inputs)
     dimensions = _dynamic_shapes(spec, multiple)
     try:
@@ -47,14 +76,43 @@ def export_graph(program: StreamProgram, name: str) -> ir.Model:
             model = _trace(module, arguments, dimensions, spec)
     except torch.onnx.errors.OnnxExporterError as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
-        raise ExportError(f"graph {name} cannot be exported: {reason}") from error
+        raise ExportError(f"graph {spec.name} cannot be exported: {reason}") from error
     _name_dimensions(model, spec)
     _strip_provenance(model)
-    model.graph.name = name
+    model.graph.name = spec.name
     return model
 
 
-def _trace(module: GraphModule, arguments: tuple[Any, ...], dimensions: Any, spec: GraphSpec) -> ir.Model:
+def _trace_apart(program: StreamProgram, name: str) -> bytes:
+    """What a forked process returns: the graph as a ModelProto that only names its weights."""
+    torch.set_num_threads(1)  # its parent's threads are not there
+    gc.disable()  # it ends with the trace
+    model = export_graph(program, name)
+    weights = _tensors(program.graphs[name])
+    for key, value in model.graph.initializers.items():
+        if value.const_value is not None and key in weights:
+            shape, dtype = ir.Shape(weights[key].shape), value.const_value.dtype
+            value.const_value = ir.ExternalTensor(ELSEWHERE, None, None, dtype, shape=shape, name=key)
+    return ir.to_proto(model).SerializeToString()
+
+
+def _attached(content: bytes, module: nn.Module) -> ir.Model:
+    """That graph, with the tensors of the module."""
+    model = ir.from_proto(onnx.load_from_string(content))
+    weights = _tensors(module)
+    for name, value in model.graph.initializers.items():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value = TorchTensor(weights[name], name=name)
+    return model
+
+
+def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by the names that torch.onnx gives their initializers."""
+    named = chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+    return dict(named)
+
+
+def _trace(module: nn.Module, arguments: tuple[Any, ...], dimensions: Any, spec: GraphSpec) -> ir.Model:
     program = torch.onnx.export(
         module,
         arguments,
@@ -65,6 +123,7 @@ def _trace(module: GraphModule, arguments: tuple[Any, ...], dimensions: Any, spe
         input_names=[tensor.name for tensor in spec.inputs],
         output_names=[tensor.name for tensor in spec.outputs],
         custom_translation_table=dict(TRANSLATIONS),
+        optimize=False,  # the fold pass does this, with all weights at hand
     )
     assert program is not None
     return program.model

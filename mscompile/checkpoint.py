@@ -56,6 +56,10 @@ def save(path: Path, family: str, model: ReferenceModel, vocab: tuple[str, ...])
 def load(path: Path, family: str = "auto") -> Checkpoint:
     """Read a checkpoint and build its model in eval mode.
 
+    The weights stay in the file, mapped into memory: pages are read when they are used, and nothing is copied
+    where the file holds float32. A file that is overwritten in place while its model is in use changes the model;
+    `save` never does that.
+
     Raises CheckpointError, in one sentence, for a file that is missing, damaged, unsafe, of an unknown
     family, or whose tensors do not fit; ConfigError for impossible settings.
     """
@@ -65,9 +69,13 @@ def load(path: Path, family: str = "auto") -> Checkpoint:
         raise CheckpointError(f"{path}: config must be a mapping of settings, not {type(fields['config']).__name__}")
     config = row.parse_config(fields["config"])
     vocab = _vocab(path, fields["vocab"], config.vocab_size)
-    model = row.model(config).eval()
-    _check_tensors(path, row.name, fields["state_dict"], model.state_dict())
-    model.load_state_dict(fields["state_dict"])
+    with torch.device("meta"):  # shapes only: the weights are those of the file
+        model = row.model(config).eval()
+    wanted = model.state_dict()
+    _check_tensors(path, row.name, fields["state_dict"], wanted)
+    with _reading(path):
+        given = {name: fields["state_dict"][name].to(tensor.dtype).contiguous() for name, tensor in wanted.items()}
+    model.load_state_dict(given, assign=True)
     return Checkpoint(row, model.requires_grad_(False), vocab)
 
 
@@ -94,7 +102,7 @@ def _read_torch(path: Path) -> Any:
         if path.read_bytes()[:2] == b"PK":
             raise CheckpointError(f"{path}: the file is truncated; copy or download it again")
         raise CheckpointError(f"{path}: not a checkpoint: neither a torch.save archive nor a .safetensors file")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:

@@ -61,12 +61,17 @@ def export(
     ] = "ort",
     out: Annotated[Path | None, typer.Option("--out", help="The bundle to write.  [default: MODEL.msc]")] = None,
     family: FamilyName = "auto",
-    precision: Annotated[str, typer.Option("--precision", help="fp32.")] = "fp32",
+    precision: Annotated[
+        str, typer.Option("--precision", help="fp32, fp16, bf16, int8, int4 (weights only) or int8-dynamic.")
+    ] = "fp32",
     batch: Annotated[str, typer.Option("--batch", help="Batch sizes to build for, LEAST:MOST or MOST.")] = "1:8",
     max_chunk: Annotated[int, typer.Option("--max-chunk", help="Most tokens of one prefill call.")] = 512,
     context: Annotated[
         int | None, typer.Option("--context", help="Longest stream in tokens, where memory grows with the stream.")
     ] = None,
+    memory: Annotated[
+        str, typer.Option("--memory", help="append: memories that roll are rings; replace: for hosts without rings.")
+    ] = "append",
     tokens: Tokens = None,
     steps: Annotated[int, typer.Option("--steps", help="Tokens a row in the long parity rollouts.")] = 2048,
     validate: Annotated[bool, typer.Option(help="Roll every engine out against the original.")] = True,
@@ -80,7 +85,9 @@ def export(
     from mscompile.pipeline import Options, compile_checkpoint
 
     least, most = _batch_range(batch)
-    decided = Options(family, precision, Profile(least, most, max_chunk), context, tokens, steps, validate, force)
+    decided = Options(
+        family, precision, Profile(least, most, max_chunk), context, tokens, steps, validate, force, memory
+    )
     with _progress() as progress:
         bundle = compile_checkpoint(model, _words(target), out, decided, progress)
     if as_json:
@@ -150,15 +157,32 @@ def bench(
     rounds: Annotated[int, typer.Option("--rounds", help="Interleaved rounds over all engines.")] = 8,
     samples: Annotated[int, typer.Option("--samples", help="Steps of each engine in a round.")] = 12,
     batch: Annotated[int, typer.Option("--batch", help="Streams stepped together.")] = 1,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against",
+            help="What else runs --reference, comma-separated: torch, torch-compile, onnx-plain, openvino, "
+            "hourglass-pytorch.  [default: torch]",
+        ),
+    ] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Also write a report with charts to this file.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure decode and prefill latency, one process an engine; --reference adds the original model."""
     from mscompile import bench as benchmark
-    from mscompile import codec
+    from mscompile import codec, peers
 
     workloads = workload or ["decode", "prefill:128"]
+    rivals = None if against is None else peers.words(against)
+    ceilings = html is not None or against is not None
     with _progress() as progress:
-        report = benchmark.run(bundle, engine or [], workloads, reference, rounds, samples, batch, progress)
+        report = benchmark.run(
+            bundle, engine or [], workloads, reference, rounds, samples, batch, progress, rivals, ceilings
+        )
+    if html is not None:
+        from validation.html import bench_page
+
+        _write(html, bench_page(codec.encode(report)))
     if as_json:
         _print_json(codec.encode(report))
         return
@@ -167,6 +191,8 @@ def bench(
     processor = f"{report.machine['processor']}, {report.machine['cores']} cores"
     _print(render.latency_table(report.latencies, f"latency of {report.bundle}, batch {batch}, {processor}"))
     for line in render.gain_lines(report.latencies, report.schedule_gains):
+        typer.echo(line)
+    for line in render.ratio_lines(report.speedups, report.ceilings):
         typer.echo(line)
     for name, reason in report.skipped.items():
         typer.echo(f"{name}: not measured: {reason}")
@@ -300,6 +326,13 @@ def _runnable(opened: Bundle) -> list[str]:
     if not names:
         opened.plan()  # raises, with the reason
     return names
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _reports(bundle: Bundle) -> list[ParityReport]:

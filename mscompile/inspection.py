@@ -37,6 +37,7 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
             name: "verified" if name in parity else "built, not run: it could not run where it was exported"
             for name in manifest.engines
         },
+        "numerics": {name: _numerics(facts.get("numerics", {})) for name, facts in manifest.engines.items()},
         "size_bytes": sum(entry.size_bytes for entry in manifest.files.values()),
         "versions": manifest.versions,
         "flops": manifest.costs,
@@ -44,6 +45,16 @@ def inspect_bundle(path: Path) -> dict[str, Any]:
         "passes": _hits(manifest.passes),
         **_spec(manifest.spec),
     }
+
+
+def _numerics(graphs: dict[str, Any]) -> dict[str, str]:
+    """For each graph of an engine, how many products with weights run in which type."""
+    told = {}
+    for name, row in graphs.items():
+        counts = [f"{count} {kind}" for kind, count in row["products"].items()]
+        rounded = ", FP32 arithmetic rounded to half" if "emulated" in row else ""
+        told[name] = (", ".join(counts) or "none") + rounded
+    return told
 
 
 def inspect_checkpoint(path: Path, context: int | None = None) -> dict[str, Any]:

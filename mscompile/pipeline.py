@@ -20,9 +20,13 @@ from engines import registry
 from engines.session import StreamSession
 from engines.torch_eager import original
 from exporters import check, cost, derived, export, program, weights
-from exporters.passes import table
+from exporters.passes import append, table
 from exporters.passes.base import Outcome
-from mscompile import bundle, checkpoint
+from exporters.precision import asked
+from exporters.precision import table as precisions
+from exporters.precision.base import Request
+from exporters.precision.rounding import Scheme
+from mscompile import bundle, calibration, checkpoint
 from mscompile.atomic import writing
 from mscompile.contracts import Array, Engine, Profile, Snapshot, StreamSpec
 from mscompile.errors import EngineUnavailable, GateFailed, MsCompileError, UsageError
@@ -36,6 +40,8 @@ from validation.parity import TOLERANCES
 GOLDEN_TOKENS = 192
 GOLDEN_LOGITS = 4_000_000  # numbers a golden rollout may hold, which shortens it for large vocabularies
 TOOLS = ("mscompile", "torch", "onnx", "onnxscript", "onnx-ir")
+
+MEMORIES = {"append": (), "replace": (append.NAME,)}  # passes left out, for hosts that can only replace states
 
 Progress = Callable[[str, int, int], None]  # what begins now, steps done, steps in all
 
@@ -52,6 +58,8 @@ class Options:
     steps: int = 2048  # tokens a row in the long rollouts
     validate: bool = True
     force: bool = False
+    memory: str = "append"  # how memories that roll are kept: one of MEMORIES
+    rounding: Scheme | None = None  # how weights are rounded, where the precision rounds them; None: its usual way
 
 
 def compile_checkpoint(
@@ -78,19 +86,21 @@ def compile_checkpoint(
         stream = program.build(trained.model, options.profile, options.context)
         track.expect(2 * len(stream.graphs) + (2 if options.validate else 1) * len(chosen) + 2)
         models = _traced(stream, track)
-        passed = table.run(models, stream.spec)
+        text = read_text(options.text, trained.vocab)
+        passed = _lowered(models, table.run(models, stream.spec, MEMORIES[options.memory]), text, options)
         graphs = _made(directory / bundle.GRAPHS)
         weights.save({**models, **derived.models(passed.derived)}, graphs)
         for name in models:
             track(f"checking {name}")
             check.check_file(graphs / f"{name}.onnx")
         track("recording golden rollouts")
-        text = read_text(options.text, trained.vocab)
         _golden(stream, passed.spec, graphs, trained, text).save(directory / bundle.GOLDEN)
         if tokenizer := _tokenizer(trained.vocab):
             tokenizer.save(directory / bundle.TOKENIZER)
-        facts = {engine.name: _build(engine, directory, passed.spec, options, track) for engine in chosen}
-        manifest = bundle.seal(directory, _manifest(path, trained, stream, models, passed, facts, options))
+        manifest = _manifest(path, trained, stream, models, passed, options)
+        del trained, stream  # engines need their memory
+        facts = {engine.name: _build(engine, directory, passed.spec, models, options, track) for engine in chosen}
+        manifest = bundle.seal(directory, replace(manifest, engines=facts))
         if options.validate:
             parity = _verify(chosen, directory, path, options, track)
             bundle.seal(directory, replace(manifest, parity=parity, verified=bool(parity)))
@@ -114,32 +124,44 @@ class _Track:
 
 def _engines(targets: Sequence[str], options: Options) -> tuple[Engine, ...]:
     """The engines asked for; refused before any work where one cannot be built here."""
-    if options.precision not in TOLERANCES:
-        raise UsageError(f"unknown precision {options.precision!r}; known: {', '.join(TOLERANCES)}")
+    if options.precision not in precisions.PRECISIONS:
+        raise UsageError(f"unknown precision {options.precision!r}; known: {', '.join(precisions.PRECISIONS)}")
     profile = options.profile
     if not 1 <= profile.min_batch <= profile.max_batch:
         raise UsageError(f"batch range {profile.min_batch}:{profile.max_batch} must be 1 <= least <= most")
     if profile.max_chunk < 1:
         raise UsageError(f"max chunk must be at least 1, not {profile.max_chunk}")
+    if options.memory not in MEMORIES:
+        raise UsageError(f"unknown form of memory {options.memory!r}; known: {', '.join(MEMORIES)}")
     if options.context is not None and options.context < 2:
         raise UsageError(f"context must be at least 2 tokens, not {options.context}")
     if options.steps < 32:
         raise UsageError(f"steps must be at least 32 tokens, not {options.steps}")
     chosen = tuple(registry.find(name) for name in dict.fromkeys(targets) if name != "onnx")
+    refused_by = precisions.PRECISIONS[options.precision].refused_by
     for engine in chosen:
         if reason := engine.cannot_build():
             raise EngineUnavailable(reason)
+        if reason := refused_by.get(engine.name):
+            raise EngineUnavailable(f"{engine.name} cannot be built in {options.precision}: {reason}")
     return chosen
 
 
 def _traced(stream: program.StreamProgram, track: _Track) -> dict[str, ir.Model]:
     """Every graph, held against its GraphSpec."""
-    models: dict[str, ir.Model] = {}
+    models = export.export_graphs(stream, lambda name: track(f"tracing {name}"))
     for spec in stream.spec.graphs:
-        track(f"tracing {spec.name}")
-        models[spec.name] = export.export_graph(stream, spec.name)
         check.check_interface(models[spec.name], spec, "export")
     return models
+
+
+def _lowered(models: dict[str, ir.Model], passed: Outcome, text: Array | None, options: Options) -> Outcome:
+    """The graphs in the precision asked for."""
+    seen = {}
+    if precisions.PRECISIONS[options.precision].needs_ranges:
+        seen = calibration.ranges(models, passed.spec, text)
+    spec, hits = precisions.run(options.precision, models, Request(passed.spec, seen), options.rounding)
+    return replace(passed, spec=spec, hits=(*passed.hits, *hits))
 
 
 def _golden(
@@ -165,10 +187,9 @@ def _manifest(
     stream: program.StreamProgram,
     models: dict[str, ir.Model],
     passed: Outcome,
-    engines: dict[str, dict[str, Any]],
     options: Options,
 ) -> bundle.Manifest:
-    """What is known before verification."""
+    """What is known before engines are built and verified."""
     single = [graph.name for graph in stream.spec.graphs if graph.tokens == 1]
     return bundle.Manifest(
         name=path.stem,
@@ -179,9 +200,9 @@ def _manifest(
         source=_source(path, trained),
         versions={tool: version(tool) for tool in TOOLS},
         profile=options.profile,
-        engines=engines,
+        engines={},
         costs={name: cost.flops(models[name]) for name in single},
-        tolerances=asdict(TOLERANCES[options.precision]),
+        tolerances=TOLERANCES[options.precision].limits(),
         parity=None,
         rules=stream.hits,
         passes=passed.hits,
@@ -199,10 +220,16 @@ def _written(spec: StreamSpec, snapshot: Snapshot) -> dict[str, Array]:
     return states
 
 
-def _build(engine: Engine, directory: Path, spec: StreamSpec, options: Options, track: _Track) -> dict[str, Any]:
+def _build(
+    engine: Engine, directory: Path, spec: StreamSpec, models: dict[str, ir.Model], options: Options, track: _Track
+) -> dict[str, Any]:
+    """Facts of the build; GateFailed where the runtime does not compute in the precision asked for."""
     track(f"building {engine.name}")
     out = _made(directory / bundle.ENGINES / engine.name)
-    return engine.build(directory / bundle.GRAPHS, out, spec, options.profile)
+    facts = engine.build(directory / bundle.GRAPHS, out, spec, options.profile)
+    if fault := asked.fault(models, facts["numerics"]):
+        raise GateFailed(f"{engine.name} does not run in {options.precision}: {fault}; no bundle was written")
+    return facts
 
 
 def _verify(

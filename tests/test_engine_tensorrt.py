@@ -147,7 +147,12 @@ def test_build_writes_engines_and_a_sidecar(rtx: Any, graphs: Path, out: Path) -
     sizes = {name: (out / f"{name}.engine").stat().st_size for name in ("decode", "prefill")}
     targets = ["SM80", "SM86", "SM89", "SM120", "SM121"]
     made = {"runtime": "tensorrt-rtx", "version": rtx.__version__, "compute_capabilities": targets}
+    numerics = facts.pop("numerics")
     assert facts == {**made, "size_bytes": sizes, "warnings": {}}
+    assert {name: row["products"] for name, row in numerics.items()} == {
+        "decode": {"float32": 1},
+        "prefill": {"float32": 1},
+    }
     assert json.loads(json.dumps(facts)) == facts
 
     sidecar = json.loads((out / "engine.json").read_text())

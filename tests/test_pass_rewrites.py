@@ -1,4 +1,4 @@
-"""scale, mask and layout: what each makes of a small graph, what it leaves alone, and that results stay."""
+"""scale, merge, mask and layout: what each makes of a small graph, what it leaves alone, and that results stay."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 from small_graphs import operators, parsed, run
 
-from exporters.passes import layout, mask, scale
+from exporters.passes import layout, mask, merge, scale
 from exporters.passes.base import Outcome
 from mscompile.contracts import Array, GraphSpec, Schedule, StreamSpec, TensorSpec, Tick
 
@@ -177,3 +177,41 @@ def test_a_transposition_that_moves_rows_stays() -> None:
     model = parsed("step", text.replace("[batch, 2, 1, 6] p", "[batch, 2, 3, 6] p"), HEADS_WEIGHTS)
     assert layout.apply({"step": model}, spec(1)).hits == ()
     assert operators(model).count("Transpose") == 2
+
+
+# ---- merge ------------------------------------------------------------------------------------------------
+
+PRODUCTS = """(float[batch, T, 4] x) => (float[batch, T, 4] q, float[batch, T, 2] k, float[batch, T, 4] o)
+{
+    q0 = MatMul (x, wq)
+    q = Add (q0, bq)
+    k0 = MatMul (x, wk)
+    k = Add (bk, k0)
+    r = Relu (q)
+    o = MatMul (r, wo)
+}"""
+PRODUCT_WEIGHTS = {"wq": normal(4, 4), "wk": normal(4, 2), "wo": normal(4, 4), "bq": normal(4), "bk": normal(2)}
+
+
+@pytest.mark.parametrize(
+    ("change", "products", "additions"),
+    [
+        (("", ""), 2, 1),
+        (("k = Add (bk, k0)", "k = Identity (k0)"), 2, 1),  # one without a bias: they are added as before
+        (("k = Add (bk, k0)", "y = Relu (k0) z = Sub (y, y) k1 = Add (bk, k0) k = Add (k1, z)"), 2, 3),
+        (("k0 = MatMul (x, wk)", "n = Neg (x) k0 = MatMul (n, wk)"), 3, 2),  # other rows
+    ],
+)
+def test_products_of_the_same_rows_are_one(change: tuple[str, str], products: int, additions: int) -> None:
+    text = PRODUCTS.replace(*change)
+    model, before = parsed("step", text, PRODUCT_WEIGHTS), parsed("step", text, PRODUCT_WEIGHTS)
+    outcome = merge.apply({"step": model}, spec("chunk"))
+    assert (operators(model).count("MatMul"), operators(model).count("Add")) == (products, additions)
+    assert [hit.reason for hit in outcome.hits] == (["2 products are 1"] if products == 2 else [])
+    assert [output.name for output in model.graph.outputs] == ["q", "k", "o"]
+    x = normal(2, 3, 4)
+    found, wanted = run(model, x=x), run(before, x=x)
+    assert all(np.abs(found[name] - wanted[name]).max() < 1e-6 for name in wanted)
+    if products == 2:
+        together = np.concatenate([PRODUCT_WEIGHTS["wq"], PRODUCT_WEIGHTS["wk"]], 1)
+        assert np.array_equal(initializers(model)["wq+wk"], together)

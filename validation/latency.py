@@ -19,7 +19,9 @@ WARM_UPS = 2
 
 @dataclass(frozen=True)
 class Workload:
-    """decode: single tokens from position `start` on. prefill: `tokens` at once, in a fresh stream."""
+    """decode: single tokens from position `start` on. prefill: `tokens` at once; from position `start` on, or in a
+    fresh stream each time where that is 0.
+    """
 
     kind: str
     tokens: int
@@ -27,15 +29,17 @@ class Workload:
 
     @property
     def name(self) -> str:
-        return f"decode@{self.start}" if self.kind == "decode" else f"prefill:{self.tokens}"
+        if self.kind == "decode":
+            return f"decode@{self.start}"
+        return f"prefill:{self.tokens}@{self.start}" if self.start else f"prefill:{self.tokens}"
 
 
 def parse(text: str) -> Workload:
-    """`decode`, `decode@512` (from that position on) or `prefill:128`. Raises UsageError."""
+    """`decode`, `decode@512` (from that position on), `prefill:128` or `prefill:128@512`. Raises UsageError."""
     if match := re.fullmatch(r"decode(?:@(\d+))?", text):
         return Workload("decode", 1, int(match[1] or 256))
-    if (match := re.fullmatch(r"prefill:(\d+)", text)) and int(match[1]) >= 1:
-        return Workload("prefill", int(match[1]), 0)
+    if (match := re.fullmatch(r"prefill:(\d+)(?:@(\d+))?", text)) and int(match[1]) >= 1:
+        return Workload("prefill", int(match[1]), int(match[2] or 0))
     raise UsageError(f"unknown workload {text!r}; write decode, decode@POSITION or prefill:TOKENS")
 
 
@@ -50,7 +54,8 @@ class Meter:
         limit: int | None,
         batch: int = 1,
     ):
-        longest = workload.start + 2 * WARM_UPS if workload.kind == "decode" else workload.tokens
+        warm = WARM_UPS if workload.start or workload.kind == "decode" else 0  # these steps follow one another
+        longest = workload.start + workload.tokens * (2 * warm if workload.kind == "decode" else 1 + warm)
         if limit is not None and longest > limit:
             raise UsageError(f"{workload.name} needs {longest} tokens of context; this bundle holds {limit}")
         self.workload, self.limit = workload, limit
@@ -59,12 +64,16 @@ class Meter:
         self.vocab_size = vocab_size
         self._prime()
 
+    @property
+    def _continues(self) -> bool:
+        return self.workload.kind == "decode" or self.workload.start > 0
+
     def _tokens(self, count: int) -> np.ndarray:
         return self.random.integers(0, self.vocab_size, (self.session.batch, count), dtype=np.int64)
 
     def _prime(self) -> None:
         self.session.reset()
-        if self.workload.kind == "decode":
+        if self.workload.start:
             self.session.step(self._tokens(self.workload.start))
         for _ in range(WARM_UPS):
             self._timed()
@@ -74,7 +83,7 @@ class Meter:
         return [self._timed() for _ in range(count)]
 
     def _timed(self) -> tuple[int, float]:
-        if self.workload.kind == "prefill":
+        if not self._continues:
             self.session.reset()
         position = int(self.session.position[0])
         if self.limit is not None and position + self.workload.tokens > self.limit:
@@ -118,6 +127,24 @@ def _over_period(medians: Mapping[str, float], schedule: Schedule) -> float:
     """Mean over one period, of the ticks that were sampled."""
     sampled = [(tick.repeat, medians[tick.graphs[0]]) for tick in schedule.ticks if tick.graphs[0] in medians]
     return sum(repeat * ms for repeat, ms in sampled) / sum(repeat for repeat, _ in sampled)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A ratio of two times that were measured in the same rounds: the median over rounds, and where the middle 80 %
+    of rounds lie. Rounds that were noisy for one are noisy for the other, so this says more than the times do.
+    """
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, times: Sequence[float], others: Sequence[float]) -> Ratio:
+        """`times[i] / others[i]`, one of each a round."""
+        ratios = np.array([time / other for time, other in zip(times, others, strict=True)])
+        low, middle, high = np.percentile(ratios, (10, 50, 90))
+        return cls(float(middle), float(low), float(high))
 
 
 @dataclass(frozen=True)

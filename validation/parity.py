@@ -7,7 +7,8 @@ from the stream program run in PyTorch. Everything is paired by name: a missing 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from math import inf
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,7 +24,10 @@ Progress = Callable[[int], None]  # tokens consumed since the last call
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What a precision may cost. `max_abs` bounds are hard ceilings, the others hold over a whole rollout."""
+    """What a precision may cost. `max_abs` bounds are hard ceilings, the others hold over a whole rollout.
+
+    A limit of infinity does not apply.
+    """
 
     logit_max_abs: float
     logit_outlier_above: float  # an error above this is an outlier ...
@@ -32,11 +36,32 @@ class Tolerance:
     max_kl: float  # nats per token, mean
     state_max_abs: float
     max_norm_ratio_error: float  # | |engine| / |reference| - 1 | of logits
+    state_relative: float = inf  # |engine - reference| / |reference|, of a whole state: it drifts with the weights
+    max_perplexity_loss: float = inf  # share; over all text rollouts, where they have PERPLEXITY_TOKENS
 
+    def limits(self) -> dict[str, float]:
+        """Those that apply, by name."""
+        return {name: limit for name, limit in asdict(self).items() if limit != inf}
+
+
+PERPLEXITY_TOKENS = 2048  # with fewer, the noise of the loss is as large as the limits
 
 TOLERANCES: Mapping[str, Tolerance] = {
     # FP32 on both sides: only the order of sums differs, 1e-5 as measured; the ceiling leaves two decades.
     "fp32": Tolerance(1e-3, 1e-4, 1e-3, 0.999, 1e-6, 1e-3, 1e-4),
+    # Ceilings of the other rows lie four to five times above the worst of both shipped models, over text, random tokens
+    # and resets: enough for other weights, and far below what a wrong scale, a missing island or a lost bit costs.
+    # On text, mean KL divergence is close to the loss of log perplexity, so it stands in where no text is given.
+    # 11 bits of mantissa: a logit of 20 is rounded by 1e-2.
+    "fp16": Tolerance(0.5, 0.1, 1e-3, 0.985, 1e-4, inf, 1e-3, 0.01, 0.001),
+    # 8 bits of mantissa.
+    "bf16": Tolerance(3.0, 0.5, 1e-3, 0.92, 3e-3, inf, 5e-3, 0.06, 0.005),
+    # Weights within 1/254 of the largest of their block, activations within 1/254 of theirs.
+    "int8": Tolerance(3.0, 0.5, 1e-3, 0.92, 3e-3, inf, 0.01, 0.06, 0.005),
+    # Weights within 1/14 of the largest of their block; the limit on perplexity is what counts.
+    "int4": Tolerance(12.0, 2.5, 1e-2, 0.75, 0.15, inf, 0.05, 0.5, 0.02),
+    # One scale for all activations of a call, whose largest decides how fine the others are.
+    "int8-dynamic": Tolerance(4.0, 1.0, 1e-3, 0.9, 0.01, inf, 0.01, 0.12, 0.01),
 }
 
 
@@ -57,6 +82,16 @@ class TensorParity:
     outlier_share: float | None = None
     reference_bits: float | None = None  # bits per token on real text
     engine_bits: float | None = None
+    relative: float | None = None  # norm of the error over the norm of the reference
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """What the engine loses on real text, paired token by token with the original."""
+
+    tokens: int
+    loss: float  # perplexity of the engine over that of the original, minus 1
+    standard_error: float  # of the loss
 
 
 @dataclass(frozen=True)
@@ -69,6 +104,7 @@ class ParityReport:
     tensors: tuple[TensorParity, ...]
     failures: tuple[str, ...]
     first_divergence: int | None = None  # token at which a greedy continuation leaves the reference
+    perplexity: Perplexity | None = None  # None: too little text was given
 
     @property
     def passed(self) -> bool:
@@ -94,7 +130,7 @@ class _Comparison:
     def __init__(self) -> None:
         self.max_abs, self.worst = 0.0, ""
         self.sum_abs, self.count, self.tokens = 0.0, 0, 0
-        self.dot, self.wanted_square, self.found_square = 0.0, 0.0, 0.0
+        self.dot, self.wanted_square, self.found_square, self.error_square = 0.0, 0.0, 0.0, 0.0
         self.not_finite = ""
 
     def add(self, found: Array, wanted: Array, tokens: int, place: Callable[[tuple[int, ...]], str]) -> None:
@@ -111,6 +147,7 @@ class _Comparison:
             self.count + error.size,
             self.tokens + tokens,
         )
+        self.error_square += float(np.vdot(error, error))
         self.dot += float(np.vdot(found.astype(np.float64), wanted))
         self.found_square += float(np.vdot(found.astype(np.float64), found))
         self.wanted_square += float(np.vdot(wanted.astype(np.float64), wanted))
@@ -127,6 +164,9 @@ class _Comparison:
             float(self.dot / norms) if norms else float(same),
             float(np.sqrt(self.found_square / self.wanted_square)) if self.wanted_square else float(same),
             self.worst,
+            relative=float(np.sqrt(self.error_square / self.wanted_square))
+            if self.wanted_square
+            else (inf if self.error_square else 0.0),
             **extra,
         )
 
@@ -137,7 +177,7 @@ class _LogitStatistics:
     def __init__(self, outlier_above: float) -> None:
         self.outlier_above = outlier_above
         self.tokens = self.agreeing = self.outliers = self.values = self.scored = 0
-        self.kl = self.reference_nats = self.engine_nats = 0.0
+        self.kl = self.reference_nats = self.engine_nats = self.lost_square = 0.0
 
     def add(self, found: Array, wanted: Array, following: Array) -> None:
         """`following` are the tokens that come next, for as many positions as are known."""
@@ -149,8 +189,10 @@ class _LogitStatistics:
         self.kl += float((np.exp(log_wanted) * (log_wanted - log_found)).sum())
         rows, columns = np.indices(following.shape)
         self.scored += following.size
-        self.reference_nats -= float(log_wanted[rows, columns, following].sum())
-        self.engine_nats -= float(log_found[rows, columns, following].sum())
+        of_reference, of_engine = log_wanted[rows, columns, following], log_found[rows, columns, following]
+        self.reference_nats -= float(of_reference.sum())
+        self.engine_nats -= float(of_engine.sum())
+        self.lost_square += float(np.square(of_reference - of_engine).sum())
 
     def extra(self, is_text: bool) -> dict[str, float | None]:
         per_bit = self.scored * np.log(2)
@@ -161,6 +203,16 @@ class _LogitStatistics:
             "reference_bits": self.reference_nats / per_bit if is_text and per_bit else None,
             "engine_bits": self.engine_nats / per_bit if is_text and per_bit else None,
         }
+
+
+def perplexity(texts: Sequence[_LogitStatistics]) -> Perplexity | None:
+    """The loss over all text; None where there is too little of it to tell."""
+    tokens = sum(text.scored for text in texts)
+    if tokens < PERPLEXITY_TOKENS:
+        return None
+    lost = sum(text.engine_nats - text.reference_nats for text in texts) / tokens
+    variance = max(sum(text.lost_square for text in texts) / tokens - lost**2, 0.0)
+    return Perplexity(tokens, float(np.expm1(lost)), float(np.exp(lost) * np.sqrt(variance / tokens)))
 
 
 def log_softmax(logits: Array) -> Array:
@@ -187,19 +239,27 @@ def check(
     tolerance = TOLERANCES[precision]
     tensors: list[TensorParity] = []
     failures: list[str] = []
+    texts: list[_LogitStatistics] = []
     for rollout in rollouts:
         batch = rollout.tokens.shape[0]
         program = states(batch)
-        compared, broken = _run(
+        compared, broken, statistics = _run(
             rollout, spec, new_session(batch), expected_logits(rollout, reference), program, None, tolerance, progress
         )
         tensors += compared
         failures += broken
+        texts += [statistics] if rollout.is_text else []
+    lost = perplexity(texts)
+    if lost is not None and not lost.loss <= tolerance.max_perplexity_loss:
+        failures.append(
+            f"perplexity on text is {lost.loss:.2%} (+- {lost.standard_error:.2%}) above the original's, over "
+            f"{lost.tokens} tokens; {tolerance.max_perplexity_loss:.2%} is allowed"
+        )
     failures += _snapshot_faults(new_session, rollouts[0])
     divergence = _greedy_divergence(spec, new_session, reference, rollouts[0])
     if divergence is not None and precision == "fp32":
         failures.append(f"greedy continuation: token {divergence} differs from the original's")
-    return ParityReport(engine, precision, tolerance, tuple(tensors), tuple(failures), divergence)
+    return ParityReport(engine, precision, tolerance, tuple(tensors), tuple(failures), divergence, lost)
 
 
 def expected_logits(rollout: Rollout, reference: Reference) -> Array:
@@ -232,8 +292,11 @@ def _run(
     final_states: Mapping[str, Array] | None,
     tolerance: Tolerance,
     progress: Progress,
-) -> tuple[list[TensorParity], list[str]]:
-    """One rollout. States are compared with those of `program`, or at the end with `final_states`."""
+) -> tuple[list[TensorParity], list[str], _LogitStatistics]:
+    """One rollout: what was compared, what breaks the gate, and the sums over its logits.
+
+    States are compared with those of `program`, or at the end with `final_states`.
+    """
     batch, length = rollout.tokens.shape
     logits, statistics = _Comparison(), _LogitStatistics(tolerance.logit_outlier_above)
     named = {state.name: _Comparison() for state in spec.states}
@@ -256,7 +319,7 @@ def _run(
             wanted = program.state().states if program is not None else final_states or {}
             fault = _add_states(engine, spec, wanted, named, batch * chunk, f"after chunk {number}, token {done}")
             if fault:
-                return [], [f"{rollout.name}: {fault}"]
+                return [], [f"{rollout.name}: {fault}"], statistics
     tensors = [logits.summary(rollout.name, "logits", **statistics.extra(rollout.is_text))]
     tensors += [comparison.summary(rollout.name, name) for name, comparison in named.items()]
     broken = [
@@ -264,7 +327,7 @@ def _run(
         for name, comparison in {"logits": logits, **named}.items()
         if comparison.not_finite
     ]
-    return tensors, broken + [fault for tensor in tensors for fault in _faults(tensor, tolerance)]
+    return tensors, broken + [fault for tensor in tensors for fault in _faults(tensor, tolerance)], statistics
 
 
 def _add_states(
@@ -327,6 +390,8 @@ def _faults(tensor: TensorParity, tolerance: Tolerance) -> list[str]:
             ("norm ratio error", abs(tensor.norm_ratio - 1), tolerance.max_norm_ratio_error),
             ("argmax disagreement", 1 - (tensor.argmax_agreement or 0.0), 1 - tolerance.min_argmax_agreement),
         ]
+    else:
+        limits += [("relative error", tensor.relative, tolerance.state_relative)]
     where = f"largest error {tensor.max_abs:.3g} at {tensor.worst}"
     return [
         f"{tensor.rollout}: {tensor.tensor}: {what} {value:.3g} exceeds {limit:.3g}; {where}"
@@ -393,7 +458,9 @@ def check_golden(
     for stored in golden:
         rollout = Rollout(stored.name, stored.tokens, tuple(int(chunk) for chunk in stored.chunks))
         session = new_session(stored.tokens.shape[0])
-        compared, broken = _run(rollout, spec, session, stored.logits, None, stored.states, tolerance, lambda _: None)
+        compared, broken, _ = _run(
+            rollout, spec, session, stored.logits, None, stored.states, tolerance, lambda _: None
+        )
         tensors += compared
         failures += broken
     return ParityReport(engine, precision, tolerance, tuple(tensors), tuple(failures))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from validation.latency import Latency, ScheduleGain
+from validation.latency import Latency, Ratio, ScheduleGain
 from validation.parity import ParityReport, TensorParity
 
 if TYPE_CHECKING:
@@ -24,7 +24,18 @@ def parity_table(report: ParityReport) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     for name in dict.fromkeys(tensor.rollout for tensor in report.tensors):
         table.add_row(name, *_rollout_cells([tensor for tensor in report.tensors if tensor.rollout == name]))
+    table.caption, table.caption_justify = _perplexity_line(report), "left"
     return table
+
+
+def _perplexity_line(report: ParityReport) -> str | None:
+    """What was lost on text, below FP32."""
+    if report.precision == "fp32":
+        return None
+    if (lost := report.perplexity) is None:
+        return "perplexity: not measured, for want of --tokens text; KL divergence is gated alone"
+    error = f"{lost.standard_error:.2%}"
+    return f"perplexity on {lost.tokens:,} tokens of text: {lost.loss:+.2%} of the original's (standard error {error})"
 
 
 def _rollout_cells(tensors: Sequence[TensorParity]) -> list[str]:
@@ -75,6 +86,21 @@ def gain_lines(latencies: Sequence[Latency], gains: Mapping[str, ScheduleGain]) 
                 f"(its operations predict {gain.predicted:.2f}x)"
             )
     return lines
+
+
+def ratio_lines(speedups: Mapping[str, Ratio], ceilings: Mapping[str, Ratio]) -> list[str]:
+    """How the engines stand to their peers and to what the machine can do, each with the middle 80 % of rounds."""
+    lines = []
+    for key, ratio in ceilings.items():
+        lines.append(f"{key}: {_spread(ratio)} as long as the machine's ceiling allows")
+        for name, found in speedups.items():
+            if name.startswith(f"{key} "):
+                lines.append(f"{key}: {_spread(found)} as fast as {name.removeprefix(f'{key} ')}")
+    return lines
+
+
+def _spread(ratio: Ratio) -> str:
+    return f"{ratio.median:.2f}x ({ratio.low:.2f} to {ratio.high:.2f})"
 
 
 def fields_table(title: str, fields: Mapping[str, object]) -> RenderableType:

@@ -59,7 +59,10 @@ def golden(spec: StreamSpec, text: Array | None, tokens: int, seed: int = 1) -> 
     """A short pair of rollouts, without resets, to keep in a bundle."""
     rng = np.random.default_rng(seed)
     rollouts = []
-    for batch, length in ((1, tokens), (min(2, spec.max_batch), max(tokens // 2, 1))):
+    lengths = {1: tokens, 2: max(tokens // 2, 1)}  # by batch size
+    for batch, length in lengths.items():
+        if batch > spec.max_batch:
+            continue
         length = min(length, spec.max_context or length)
         chunks = _mixed(spec, length, rng)
         rollouts.append(Rollout(f"golden, batch {batch}", _rows(spec, text, batch, length, rng), tuple(chunks)))

@@ -50,14 +50,33 @@ def changed(
     graph: ir.Graph, value: ir.Value, what: str, change: Callable[[Array], Array], shape: Sequence[int] | None = None
 ) -> ir.Value:
     """A function of a constant, evaluated when it is written; `what` tells it from other functions of it."""
-    old, name = value.const_value, f"{value.name}.{what}"
+    old = value.const_value
     assert old is not None
+    size = list(old.numpy().shape) if shape is None else shape
+    return _lazy(graph, f"{value.name}.{what}", lambda: change(old.numpy()), old.dtype, size)
+
+
+def joined(graph: ir.Graph, values: Sequence[ir.Value], axis: int) -> ir.Value:
+    """Constants side by side, evaluated when they are written."""
+    tensors = [value.const_value for value in values if value.const_value is not None]
+    shapes = [tensor.shape.numpy() for tensor in tensors]
+    shape = list(shapes[0])
+    shape[axis] = sum(each[axis] for each in shapes)
+    name = "+".join(value.name or "" for value in values)
+
+    def join() -> Array:
+        return np.concatenate([tensor.numpy() for tensor in tensors], axis)
+
+    return _lazy(graph, name, join, tensors[0].dtype, shape)
+
+
+def _lazy(
+    graph: ir.Graph, name: str, evaluate: Callable[[], Array], dtype: ir.DataType, shape: Sequence[int]
+) -> ir.Value:
     if name not in graph.initializers:
-        size = ir.Shape([int(size) for size in old.shape] if shape is None else shape)  # type: ignore[arg-type]
-        tensor = ir.LazyTensor(
-            lambda: ir.tensor(np.ascontiguousarray(change(old.numpy())), name=name), old.dtype, size, name=name
-        )
-        made = ir.Value(name=name, const_value=tensor, type=ir.TensorType(old.dtype), shape=size)
+        size = ir.Shape(shape)
+        tensor = ir.LazyTensor(lambda: ir.tensor(np.ascontiguousarray(evaluate()), name=name), dtype, size, name=name)
+        made = ir.Value(name=name, const_value=tensor, type=ir.TensorType(dtype), shape=size)
         graph.register_initializer(made)
     return graph.initializers[name]
 

@@ -3,8 +3,10 @@ so that rings hold what attention reads."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from exporters import check
-from exporters.passes import append, dead, fold, hoist, layout, mask, scale
+from exporters.passes import append, dead, fold, hoist, layout, mask, merge, scale
 from exporters.passes.base import Graphs, Outcome, Pass
 from mscompile.contracts import StreamSpec
 
@@ -14,15 +16,16 @@ PASSES: tuple[Pass, ...] = (
     Pass(hoist.NAME, hoist.WHY, hoist.apply),
     Pass(append.NAME, append.WHY, append.apply),
     Pass(scale.NAME, scale.WHY, scale.apply),
+    Pass(merge.NAME, merge.WHY, merge.apply),
     Pass(mask.NAME, mask.WHY, mask.apply),
     Pass(layout.NAME, layout.WHY, layout.apply),
 )
 
 
-def run(graphs: Graphs, spec: StreamSpec) -> Outcome:
-    """All passes; every graph is held against its GraphSpec after each."""
+def run(graphs: Graphs, spec: StreamSpec, without: Collection[str] = ()) -> Outcome:
+    """All passes but those named in `without`; every graph is held against its GraphSpec after each."""
     outcome = Outcome(spec, ())
-    for rewrite in PASSES:
+    for rewrite in (each for each in PASSES if each.name not in without):
         new = rewrite.apply(graphs, outcome.spec)
         for graph in new.spec.graphs:
             check.check_interface(graphs[graph.name], graph, rewrite.name)

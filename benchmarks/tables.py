@@ -1,0 +1,119 @@
+"""The measured tables of docs/performance.md, written from the result files: python benchmarks/tables.py
+
+Each block between `<!-- measured: NAME -->` and `<!-- end -->` is replaced; a test checks that the document holds what
+this would write, so that a figure there is always a figure of a result file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from targets import DECODE, HOURGLASS, PREFILL, TXL, VANILLA
+
+HERE = Path(__file__).parent
+DOCUMENT = HERE.parent / "docs" / "performance.md"
+BLOCK = re.compile(r"(<!-- measured: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MISSING = "Not measured yet.\n"
+
+Results = Mapping[str, Mapping[str, Any]]
+
+
+def results(directory: Path = HERE / "results") -> dict[str, Any]:
+    """Every result file, by its name without suffix."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(directory.glob("*.json"))}
+
+
+def written(document: str, found: Results) -> str:
+    """The document with every block made again."""
+    return BLOCK.sub(lambda match: match[1] + BLOCKS[match[2]](found) + match[3], document)
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def machine(found: Results) -> str:
+    if "targets" not in found:
+        return MISSING
+    facts = next(iter(found["targets"]["sections"].values()))["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    rates = found["targets"]["sections"].get("speed", {}).get("rates")
+    text = f"{facts['processor']}, {facts['cores']} cores, {facts['threads']} threads, {facts['system']}; "
+    text += f"Python {facts['python']}, {versions}.\n"
+    if rates:
+        text += f"Ceilings in this run: {rates['bytes_per_second'] / 1e9:.1f} GB/s read by all threads, "
+        text += f"{rates['flops_per_second'] / 1e9:.0f} GFLOP/s of ONNX Runtime's MatMul.\n"
+    return text
+
+
+def targets(found: Results) -> str:
+    if "targets" not in found:
+        return MISSING
+    words = {True: "yes", False: "**no**", None: "-"}
+    rows = [
+        (
+            str(row["target"]),
+            row["what"],
+            "-" if row["measured"] is None else f"{row['measured']:.3g}{row['unit']}",
+            f"{row['spread'][0]:.3g} to {row['spread'][1]:.3g}" if row["spread"] else "",
+            "" if row["limit"] is None else f"{row['sense']} {row['limit']:g}{row['unit']}",
+            words[row["met"]],
+            row["note"],
+        )
+        for row in found["targets"]["rows"]
+    ]
+    return table(("", "what", "measured", "80 % of rounds", "target", "met", "note"), rows)
+
+
+def timings(workload: str, *models: str) -> Callable[[Results], str]:
+    """Everything measured on a workload of some models, batch 1."""
+
+    def block(found: Results) -> str:
+        speed = found.get("targets", {}).get("sections", {}).get("speed", {})
+        rows = [
+            (
+                row["engine"],
+                f"{row['ms_per_step']:.2f}",
+                f"{row['p95_ms']:.2f}",
+                f"{row['min_ms']:.2f}",
+                f"{row['of_ceiling']['median']:.2f}x" if row["of_ceiling"] else "",
+                str(row["samples"]),
+            )
+            for row in speed.get("timings", ())
+            if row["workload"] == workload and row["batch"] == 1 and row["engine"].split()[0] in models
+        ]
+        return table(("engine", "ms a step", "p95", "least", "of its ceiling", "samples"), rows) if rows else MISSING
+
+    return block
+
+
+def soak(found: Results) -> str:
+    if "soak" not in found:
+        return MISSING
+    result = found["soak"]
+    megabytes = [f"{size / 1e6:.0f}" for size in result["block_resident_bytes"]]
+    blocks = zip(range(1, len(megabytes) + 1), result["block_ms"], megabytes, strict=True)
+    text = table(("block", "ms a step, median", "MB resident"), ((str(n), f"{ms:.3f}", mb) for n, ms, mb in blocks))
+    return (
+        text
+        + f"\n{result['steps']:,} steps; the last logits differ from the original's by {result['final_error']:.1e}.\n"
+    )
+
+
+BLOCKS: dict[str, Callable[[Results], str]] = {
+    "machine": machine,
+    "targets": targets,
+    "decode": timings(DECODE, TXL),
+    "prefill": timings(PREFILL, TXL),
+    "multi-rate": timings(DECODE, HOURGLASS, VANILLA),
+    "soak": soak,
+}
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(written(DOCUMENT.read_text(encoding="utf-8"), results()), encoding="utf-8")
