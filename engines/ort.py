@@ -10,7 +10,6 @@ A provider that cannot take a node is an error here, never a silent fallback: CU
 from __future__ import annotations
 
 import json
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -168,8 +167,8 @@ def _open(path: Path, graphs: Path, graph: GraphSpec, provider: str, optimized: 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", ACCURACY_LEVEL)
-    if "torch" in sys.modules:  # its threads and spinning ones would fight for the processors
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Each session has its own threads: those that spin after a call would fight with the next graph's, or PyTorch's.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if optimized is not None:
         ort_packed.write_optimized(options, optimized / path.name)
     if provider == CUDA:
