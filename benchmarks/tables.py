@@ -55,11 +55,13 @@ def targets(found: Results) -> str:
     if "targets" not in found:
         return MISSING
     words = {True: "yes", False: "**no**", None: "-"}
+    before = {row["what"]: figure(row) for row in found.get("targets-before", {"rows": ()})["rows"]}
     rows = [
         (
             str(row["target"]),
             row["what"],
-            "-" if row["measured"] is None else f"{row['measured']:.3g}{row['unit']}",
+            figure(row),
+            before.get(row["what"], "-"),
             f"{row['spread'][0]:.3g} to {row['spread'][1]:.3g}" if row["spread"] else "",
             "" if row["limit"] is None else f"{row['sense']} {row['limit']:g}{row['unit']}",
             words[row["met"]],
@@ -67,7 +69,11 @@ def targets(found: Results) -> str:
         )
         for row in found["targets"]["rows"]
     ]
-    return table(("", "what", "measured", "80 % of rounds", "target", "met", "note"), rows)
+    return table(("", "what", "measured", "run before", "80 % of rounds", "target", "met", "note"), rows)
+
+
+def figure(row: Mapping[str, Any]) -> str:
+    return "-" if row["measured"] is None else f"{row['measured']:.3g}{row['unit']}"
 
 
 def timings(workload: str, *models: str) -> Callable[[Results], str]:
