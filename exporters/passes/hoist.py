@@ -37,7 +37,8 @@ from onnx_ir.passes import common
 from exporters.derived import ROWS, evaluate
 from exporters.passes import sizes
 from exporters.passes.base import Derived, Graphs, Outcome
-from exporters.passes.row_wise import LAYOUT, PRODUCTS, Axes, constant, copy_onto, digest, mapped, normal, takes_last
+from exporters.passes.nodes import constant, normal
+from exporters.passes.row_wise import LAYOUT, PRODUCTS, Axes, copy_onto, digest, mapped, takes_last
 from mscompile.contracts import BATCH, Dim, GraphSpec, Hit, StateSpec, StreamSpec, TensorSpec
 
 NAME = "hoist"

@@ -19,10 +19,10 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 
 from exporters.passes import sizes
+from exporters.passes.nodes import constant, normal
 
 ELEMENTWISE = (
     "Relu", "Gelu", "Tanh", "Sigmoid", "Identity", "Cast", "Neg", "Erf", "Exp", "Log", "Sqrt", "Reciprocal", "Abs",
@@ -41,10 +41,6 @@ class Axes:
 
     time: int
     batch: int
-
-
-def normal(axis: int, rank: int) -> int:
-    return axis + rank if axis < 0 else axis
 
 
 def mapped(node: ir.Node, rows: Mapping[int, Axes]) -> Axes | None:
@@ -309,14 +305,3 @@ def _target(node: ir.Node, before: int, after: int) -> list[int] | None:
 
     target = [size(axis, dim) for axis, dim in enumerate(wanted)]
     return target if target.count(-1) <= 1 else None
-
-
-def constant(graph: ir.Graph, numbers: list[int]) -> ir.Value:
-    """An int64 initializer, one for all uses of the same numbers."""
-    name = "numbers_" + "_".join(str(number).replace("-", "m") for number in numbers)
-    if name not in graph.initializers:
-        tensor = ir.tensor(np.array(numbers, np.int64), name=name)
-        graph.register_initializer(
-            ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape([len(numbers)]))
-        )
-    return graph.initializers[name]
