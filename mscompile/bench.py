@@ -143,7 +143,8 @@ class Field:
     def _skip(self, name: str, error: MsCompileError) -> None:
         """Go on without a peer that fails; a failure of an engine of ours ends the run."""
         engines = {one.name: one.engine for one in self._contestants}
-        if isinstance(error, EngineError) and engines[name] not in peers.PEERS:
+        unavailable = isinstance(error, EngineUnavailable)
+        if not unavailable and isinstance(error, EngineError) and engines[name] not in peers.PEERS:
             raise error
         self.skipped[name] = str(error)
         self._ask.pop(name, None)
