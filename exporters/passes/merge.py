@@ -5,10 +5,10 @@ Given                                              Becomes
   k = x W_k + b_k    (.., d) (d, n_k)
   v = x W_v + b_v    (.., d) (d, n_v)
 
-One large product keeps all threads reading; three small ones wait for each other three times. With
-int4 weights that took a token of the 41 M Transformer-XL from 4.7 to 2.8 ms in one interleaved run; in FP32 six such
-runs went either way, and a prefill of 128 tokens takes about 2 % longer, for the Split. Biases are joined where every product has one and nothing else reads the product
-without it.
+One large product keeps all threads reading; three small ones wait for each other three times. With int4 weights
+that took a token of the 41 M Transformer-XL from 4.7 to 2.8 ms in one interleaved run; in FP32 six such runs went
+either way, and a prefill of 128 tokens takes about 2 % longer, for the Split. Biases are joined where every product
+has one and nothing else reads the product without it.
 """
 
 from __future__ import annotations
