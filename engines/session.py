@@ -152,8 +152,9 @@ class StreamSession:
     def _run(self, call: ScheduledCall, tokens: Array, logits: Array, rows: Array | None) -> None:
         for name in call.graphs:
             bound = self._binding(self._graphs[name], call.tokens)
-            if bound.tokens is not None and bound.position is not None:
+            if bound.tokens is not None:
                 bound.tokens[...] = tokens
+            if bound.position is not None:
                 bound.position[...] = self._position
             bound.execute()
             if bound.logits is not None:

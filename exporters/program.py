@@ -8,12 +8,13 @@ where the model has segments.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import groupby
+from dataclasses import replace
+from itertools import groupby, pairwise
 
 import torch
 from torch import Tensor, nn
 
-from exporters.language_model import Root
+from exporters.root import Root
 from exporters.rules import RULES
 from exporters.stream import Call, Scope
 from mscompile.contracts import (
@@ -29,6 +30,7 @@ from mscompile.contracts import (
     Hit,
     Profile,
     Schedule,
+    StateSpec,
     StreamSpec,
     TensorSpec,
     Tick,
@@ -42,7 +44,7 @@ PREFILL, DECODE, CLOSE = "prefill", "decode", "close"
 class GraphModule(nn.Module):
     """One graph as a module: forward(tokens, position, *states it reads) -> (logits, *states it writes).
 
-    The closing graph takes and returns states only.
+    The closing graph has neither tokens nor logits, and takes the position only where it needs it.
     """
 
     def __init__(self, root: Root, name: str, due: Callable[[int], bool]) -> None:
@@ -50,20 +52,21 @@ class GraphModule(nn.Module):
         self.root, self.name, self.due = root, name, due
         self.state_names = tuple(state.name for state in root.states())  # narrowed to what is read once known
         self.writes: tuple[str, ...] = ()
+        self.takes_position = True
 
     def call(self, tokens: Tensor | None, position: Tensor, states: Mapping[str, Tensor]) -> tuple[Call, Tensor | None]:
-        call = Call(position, states, self.root.biases, self.name != PREFILL, self.due)
+        root = self.root
+        call = Call(position, states, root.biases, self.name != PREFILL, self.due, root.ticks)
         if tokens is None:
-            self.root.close(call)
+            root.close(call)
             return call, None
-        return call, self.root(tokens, call)
+        return call, root(tokens, call)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        if self.name == CLOSE:
-            tokens, position, states = None, inputs[0].new_zeros(1), inputs
-        else:
-            tokens, position, *states = inputs  # type: ignore[assignment]
-        call, logits = self.call(tokens, position, dict(zip(self.state_names, states, strict=True)))
+        given = list(inputs)
+        tokens = None if self.name == CLOSE else given.pop(0)
+        position = given.pop(0) if self.takes_position else torch.zeros(1, dtype=torch.int64)
+        call, logits = self.call(tokens, position, dict(zip(self.state_names, given, strict=True)))
         written = tuple(call.written[name] for name in self.writes)
         return written if logits is None else (logits, *written)
 
@@ -86,16 +89,15 @@ def build(model: ReferenceModel, profile: Profile, context: int | None = None) -
     context = context or getattr(model.config, "context", None)
     root: Root = Scope("", 1, context, dtype, RULES, hits).stream(model, "")
     factors = root.all_factors()
-    schedule = _schedule(root.segment, factors, profile.max_chunk)
+    schedule = _schedule(root, factors, profile.max_chunk)
     graphs = {_decode(coarsest, factors): _divides(coarsest) for coarsest in (1, *factors)}
     if root.segment is not None:
         graphs[CLOSE] = _divides(1)
     if schedule.prefill:
         graphs[PREFILL] = lambda _: True
     modules = {name: GraphModule(root, name, due).eval() for name, due in sorted(graphs.items())}
-    vocab_size = int(model.config.vocab_size)
-    specs = tuple(_graph_spec(module, dtype, schedule.chunk_multiple, vocab_size) for module in modules.values())
-    limit = context if root.bounded else None
+    vocab_size, limit = int(model.config.vocab_size), context if root.bounded else None
+    specs = tuple(_graph_spec(module, dtype, schedule.chunk_multiple, vocab_size, limit) for module in modules.values())
     spec = StreamSpec(root.states(), specs, schedule, vocab_size, profile.max_batch, limit)
     return StreamProgram(root, modules, spec, tuple(hits))
 
@@ -109,31 +111,42 @@ def _divides(coarsest: int) -> Callable[[int], bool]:
     return lambda factor: coarsest % factor == 0
 
 
-def _schedule(segment: int | None, factors: Sequence[int], max_chunk: int) -> Schedule:
-    if segment is not None:
-        if factors:
-            raise Refusal("a model with both segments and coarser scales has no schedule yet")
-        whole = Tick((DECODE,), repeat=segment - 1)
-        last = Tick((DECODE,), closing=(CLOSE,))
-        longest = min(max_chunk, segment)
-        return Schedule((whole, last) if segment > 1 else (last,), PREFILL if longest > 1 else None, 1, longest)
-    period = factors[-1] if factors else 1
-    due = [max(factor for factor in (1, *factors) if phase % factor == 0) for phase in range(period)]
-    ticks = tuple(Tick((_decode(coarsest, factors),), repeat=len(list(run))) for coarsest, run in groupby(due))
-    longest = max_chunk - max_chunk % period
-    return Schedule(ticks, PREFILL if longest > 1 else None, period, longest)
+def _schedule(root: Root, factors: Sequence[int], max_chunk: int) -> Schedule:
+    coarsest = factors[-1] if factors else 1
+    period = root.segment or coarsest
+    if any(longer % shorter for shorter, longer in pairwise((*factors, period))):
+        scales = ", ".join(str(factor) for factor in (*factors, period))
+        raise Refusal(f"rows and segments of {scales} tokens: each length must divide the next, or there is no period")
+    offset = 1 if root.ticks == "end" else 0
+    due = [max(factor for factor in (1, *factors) if (phase + offset) % factor == 0) for phase in range(period)]
+    runs = [(_decode(rows, factors), len(list(run))) for rows, run in groupby(due)]
+    ticks = tuple(Tick((graph,), repeat=count) for graph, count in runs)
+    if root.segment is not None:
+        ticks = (*_all_but_last(ticks), Tick(ticks[-1].graphs, closing=(CLOSE,)))
+    longest = min(max_chunk, root.segment or max_chunk)
+    longest -= longest % coarsest
+    prefill = PREFILL if longest > 1 and root.parallel else None
+    return Schedule(ticks, prefill, coarsest, longest if prefill else 1)
 
 
-def _graph_spec(graph: GraphModule, dtype: torch.dtype, multiple: int, vocab_size: int) -> GraphSpec:
+def _all_but_last(ticks: tuple[Tick, ...]) -> tuple[Tick, ...]:
+    """The ticks of all phases but the last one."""
+    *others, last = ticks
+    return (*others, *([replace(last, repeat=last.repeat - 1)] if last.repeat > 1 else []))
+
+
+def _graph_spec(graph: GraphModule, dtype: torch.dtype, multiple: int, vocab_size: int, limit: int | None) -> GraphSpec:
     """The interface of a graph, found by running it once on one stream."""
     declared = {state.name: state for state in graph.root.states()}
     length = 2 * multiple if graph.name == PREFILL else 1
     tokens = None if graph.name == CLOSE else torch.zeros(1, length, dtype=torch.int64)
-    states = {name: torch.zeros(_one(state.shape), dtype=dtype) for name, state in declared.items()}
+    states = {
+        name: torch.zeros(_one(state.shape), dtype=getattr(torch, state.dtype)) for name, state in declared.items()
+    }
     with torch.inference_mode():
         call, _ = graph.call(tokens, torch.zeros(1, dtype=torch.int64), states)
-    graph.state_names = tuple(sorted(call.reads))
-    graph.writes = tuple(sorted(call.written))
+    graph.state_names, graph.writes = tuple(sorted(call.reads)), tuple(sorted(call.written))
+    graph.takes_position = tokens is not None or call.reads_position
     rows: dict[str, Dim] = {}  # that a call appends
     for name in graph.writes:
         state = declared[name]
@@ -141,20 +154,24 @@ def _graph_spec(graph: GraphModule, dtype: torch.dtype, multiple: int, vocab_siz
             count = call.written[name].shape[state.time_axis]
             rows[name] = _per_chunk(count, length) if graph.name == PREFILL else count
     outputs = [declared[name].as_output(rows.get(name)) for name in graph.writes]
-    inputs = [declared[name].as_input(_remembered(graph, rows.get(name))) for name in graph.state_names]
+    inputs = [declared[name].as_input(_remembered(declared[name], rows.get(name), limit)) for name in graph.state_names]
+    if graph.takes_position:
+        inputs.insert(0, TensorSpec(POSITION, "int64", (BATCH,)))
     if tokens is None:
         return GraphSpec(graph.name, tuple(inputs), tuple(outputs), graph.state_names, graph.writes, 0)
     consumed: Dim = CHUNK if graph.name == PREFILL else 1
-    head = (TensorSpec(TOKENS, "int64", (BATCH, consumed)), TensorSpec(POSITION, "int64", (BATCH,)))
-    logits = TensorSpec(LOGITS, str(dtype).removeprefix("torch."), (BATCH, consumed, vocab_size))
-    return GraphSpec(graph.name, (*head, *inputs), (logits, *outputs), graph.state_names, graph.writes, consumed)
+    inputs.insert(0, TensorSpec(TOKENS, "int64", (BATCH, consumed)))
+    outputs.insert(0, TensorSpec(LOGITS, str(dtype).removeprefix("torch."), (BATCH, consumed, vocab_size)))
+    return GraphSpec(graph.name, tuple(inputs), tuple(outputs), graph.state_names, graph.writes, consumed)
 
 
-def _remembered(graph: GraphModule, appended: Dim | None) -> Dim | None:
-    """Rows that a graph takes of a state: a prefill only those that can have been written, where memory grows."""
-    if graph.name == PREFILL and graph.root.bounded and isinstance(appended, str):
-        return appended.replace(CHUNK, CONTEXT)
-    return None
+def _remembered(state: StateSpec, appended: Dim | None, limit: int | None) -> Dim | None:
+    """Rows that a graph takes of a state: a prefill only those that can have been written, where all are kept."""
+    if limit is None or not isinstance(appended, str) or state.time_axis is None:
+        return None
+    capacity, tokens = state.shape[state.time_axis], int(appended.partition("/")[2] or 1)
+    keeps_all = isinstance(capacity, int) and capacity >= -(-limit // tokens)
+    return appended.replace(CHUNK, CONTEXT) if keeps_all else None
 
 
 def _one(shape: tuple[Dim, ...]) -> tuple[int, ...]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from exporters import attention, language_model, memory, pooling, scales, upsampling
+from exporters import attention, kv_cache, memory, pooling, scales, upsampling
+from exporters.families import hourglass, transformer_xl
 from exporters.stream import Rule
 
 RULES: tuple[Rule, ...] = (
-    *language_model.RULES,
+    *transformer_xl.RULES,
+    *hourglass.RULES,
     *scales.RULES,
     memory.ROLLING,
     memory.SEGMENT,
     attention.RULE,
     pooling.RULE,
     upsampling.RULE,
+    *kv_cache.RULES,
 )

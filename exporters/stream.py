@@ -20,6 +20,7 @@ from mscompile.models.relative import Biases
 
 T = TypeVar("T")
 Update = Literal["replace", "append"]
+Ticks = Literal["begin", "end"]
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,19 @@ class Scope:
         joined = f"{self.name}.{name}" if self.name else name
         return replace(self, name=joined, factor=factor or self.factor)
 
-    def state(self, name: str, *shape: int, update: Update = "replace", time_axis: int = 1) -> StateSpec:
-        """A state of this module: `shape` without the batch axis, which comes first."""
-        dtype = str(self.dtype).removeprefix("torch.")
+    def state(
+        self,
+        name: str,
+        *shape: int,
+        update: Update = "replace",
+        time_axis: int = 1,
+        dtype: torch.dtype | None = None,
+        initial: float | tuple[float, ...] = 0.0,
+    ) -> StateSpec:
+        """A state of this module: `shape` without the batch axis, which comes first; the model's dtype by default."""
+        kind = str(dtype or self.dtype).removeprefix("torch.")
         axis = time_axis if update == "append" else None
-        return StateSpec(f"{self.name}.{name}", dtype, (BATCH, *shape), update=update, time_axis=axis)
+        return StateSpec(f"{self.name}.{name}".lstrip("."), kind, (BATCH, *shape), update, axis, initial=initial)
 
     def rows(self, factor: int) -> int:
         """Rows of `factor` tokens that the longest stream has."""
@@ -78,26 +87,38 @@ class Rule(Protocol):
 class Call:
     """One call of one graph: the position, the states read and written, and which scales are due.
 
-    `single` is true for a graph that consumes one token; `due(factor)` says whether rows of `factor` tokens
-    begin in this call. Multi-token calls start at a multiple of the period, so there everything is due.
+    `single` is true for a graph that consumes one token; `due(factor)` says whether a row of `factor` tokens
+    begins in this call, or ends in it where the model's `ticks` say "end". Multi-token calls start at a multiple
+    of the period, so there everything is due.
     """
 
     def __init__(
         self,
         position: Tensor,
         states: Mapping[str, Tensor],
-        biases: Biases,
-        single: bool,
-        due: Callable[[int], bool],
+        biases: Biases | None = None,
+        single: bool = True,
+        due: Callable[[int], bool] = lambda _: True,
+        ticks: Ticks = "begin",
     ) -> None:
-        self.position = position  # (B,)
-        self.biases = biases
         self.single = single
         self.due = due
-        self._states = states
+        self._position, self._states, self._biases, self._ticks = position, states, biases, ticks
         self._shared: dict[Hashable, Any] = {}
         self.reads: set[str] = set()
+        self.reads_position = False
         self.written: dict[str, Tensor] = {}
+
+    @property
+    def position(self) -> Tensor:
+        """Tokens consumed before this call, (B,)."""
+        self.reads_position = True
+        return self._position
+
+    @property
+    def biases(self) -> Biases:
+        assert self._biases is not None, "this model has no biases that all layers share"
+        return self._biases
 
     def once(self, key: Hashable, compute: Callable[[], T]) -> T:
         """What several modules of one call need, computed by the first of them."""
@@ -107,10 +128,11 @@ class Call:
         return value
 
     def rows_before(self, factor: int) -> Tensor:
-        """Rows of `factor` tokens that began before this call, (B,)."""
+        """Rows of `factor` tokens that began before this call, or ended where `ticks` say "end", (B,)."""
         if factor == 1:
             return self.position
-        return self.once(factor, lambda: (self.position + factor - 1) // factor)
+        begun = 0 if self._ticks == "end" else factor - 1
+        return self.once(("rows before", factor), lambda: (self.position + begun) // factor)
 
     def read(self, state: StateSpec) -> Tensor:
         self.reads.add(state.name)

@@ -95,10 +95,29 @@ def _check_target(target: Path, force: bool, marker: str) -> None:
         return
     if not target.is_dir():
         raise UsageError(f"{target} exists and is not a directory; choose another place")
-    if not (target / marker).is_file():
+    if not _holds(target, marker):
         raise UsageError(f"{target} exists and has no {marker}, so it will not be replaced; choose another place")
     if not force:
         raise UsageError(f"{target} exists; use --force to replace it")
+
+
+def _holds(target: Path, marker: str) -> bool:
+    """Whether `target`, if it is still there, has the file. It may be another writer's from one look to the next."""
+    while (before := _identity(target)) is not None:
+        if (target / marker).is_file():
+            return True
+        if _identity(target) == before:
+            return False
+    return True
+
+
+def _identity(directory: Path) -> tuple[int, int, int] | None:
+    """What no two directories at one path share, and a renamed one not with itself; None if there is none."""
+    try:
+        found = os.stat(directory)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino, found.st_ctime_ns
 
 
 def _siblings(target: Path, suffix: str) -> list[Path]:
@@ -113,7 +132,7 @@ def _clean(target: Path) -> None:
             if os.path.lexists(target):
                 shutil.rmtree(aside, ignore_errors=True)
             else:
-                os.rename(aside, target)
+                _put_back(aside, target)
             os.close(lock)
     for partial in _siblings(target, PARTIAL):
         if (lock := _lock(partial)) is not None:
@@ -205,10 +224,20 @@ def _rename_aside(directory: Path, target: Path) -> bool:
     try:
         os.rename(directory, target)
     except BaseException:
-        os.rename(aside, target)
+        _put_back(aside, target)
         raise
     finally:
         if lock is not None:
             os.close(lock)
     shutil.rmtree(aside, ignore_errors=True)
     return True
+
+
+def _put_back(aside: Path, target: Path) -> None:
+    """Undo the first of two renames, unless another writer has filled the gap: then its directory is the newer one."""
+    try:
+        os.rename(aside, target)
+    except OSError:
+        if not os.path.lexists(target):
+            raise
+        shutil.rmtree(aside, ignore_errors=True)

@@ -21,6 +21,7 @@ COMMANDS = tuple(f"mscompile.{name}" for name in ("cli", "__main__", "bench", "i
 # What may be heavy at module level. A file of validation may be, too, if its docstring says "Needs torch".
 HEAVY_AT_THE_DOOR = (
     "mscompile.models",
+    "mscompile.conversion",
     "mscompile.checkpoint",
     "mscompile.pipeline",
     "mscompile.verification",

@@ -72,10 +72,7 @@ def test_without_a_context_it_refuses() -> None:
 def test_a_module_that_no_rule_streams_is_refused_with_the_rules_that_were_tried(module: nn.Module) -> None:
     with pytest.raises(Refusal) as caught:
         scope(8).child("body").stream(module, "cell")
-    rules = (
-        "transformer-xl, transformer-xl-segments, hourglass, block, stack, valley, level, rolling-memory, "
-        "segment-memory, cached-attention, shortening, upsampling"
-    )
+    rules = ", ".join(rule.name for rule in RULES)
     assert str(caught.value) == f"body.cell: no rule streams a {type(module).__name__} (rules: {rules})"
 
 

@@ -27,7 +27,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from exporters import program
-from mscompile.contracts import Schedule, Tick
+from exporters.root import Root
+from exporters.stream import Ticks
+from mscompile.contracts import Schedule, ScheduledCall, Tick
 from mscompile.errors import Refusal
 
 Plan = tuple[int, int, list[tuple[Any, ...]]]
@@ -64,13 +66,33 @@ def test_one_graph_a_pattern_of_due_scales_and_this_exact_tick_table(hierarchy: 
 
 def test_a_chunk_shorter_than_the_period_leaves_no_prefill() -> None:
     spec = build(hourglass(hierarchy="1@1 1@4 1@1"), max_chunk=3).spec
-    assert (spec.schedule.prefill, spec.schedule.max_chunk) == (None, 0)
+    assert (spec.schedule.prefill, spec.schedule.max_chunk) == (None, 1)
     assert [graph.name for graph in spec.graphs] == ["decode_1", "decode_4"]
 
 
-def test_segments_and_coarser_scales_together_are_refused() -> None:
-    with pytest.raises(Refusal, match=r"^a model with both segments and coarser scales has no schedule yet$"):
-        program._schedule(4, (2,), 8)
+class Rows(Root):
+    def __init__(self, segment: int | None, ticks: Ticks) -> None:
+        super().__init__()
+        self.segment, self.ticks = segment, ticks
+
+
+def test_rows_that_end_with_a_token_are_due_at_its_phase() -> None:
+    schedule = program._schedule(Rows(None, "end"), (2, 4), 9)
+    ticks = (Tick(("decode_1",)), Tick(("decode_2",)), Tick(("decode_1",)), Tick(("decode_4",)))
+    assert schedule == Schedule(ticks, "prefill", chunk_multiple=4, max_chunk=8)
+
+
+def test_a_segment_of_whole_rows_closes_after_its_last_one() -> None:
+    schedule = program._schedule(Rows(6, "end"), (3,), 9)
+    row = (Tick(("decode_1",), repeat=2), Tick(("decode_3",)))
+    assert schedule.ticks == (*row, row[0], Tick(("decode_3",), closing=("close",)))
+    assert (schedule.chunk_multiple, schedule.max_chunk) == (3, 6)
+    assert schedule.next_call(3, 9) == ScheduledCall(("prefill", "close"), 3)
+
+
+def test_a_segment_that_cuts_rows_is_refused() -> None:
+    with pytest.raises(Refusal, match=r"^rows and segments of 2, 5 tokens: each length must divide the next"):
+        program._schedule(Rows(5, "begin"), (2,), 8)
 
 
 def test_the_states_of_a_nested_model_have_these_names() -> None:
