@@ -91,30 +91,28 @@ def _check_target(target: Path, force: bool, marker: str) -> None:
         raise UsageError(f"cannot write {target}: it is the root of the file system; name a directory in it")
     if os.path.lexists(target.parent) and not target.parent.is_dir():
         raise UsageError(f"cannot write {target}: {target.parent} is not a directory; choose another place")
-    if not os.path.lexists(target):
-        return
-    if not target.is_dir():
-        raise UsageError(f"{target} exists and is not a directory; choose another place")
-    if not _holds(target, marker):
-        raise UsageError(f"{target} exists and has no {marker}, so it will not be replaced; choose another place")
-    if not force:
-        raise UsageError(f"{target} exists; use --force to replace it")
+    if (fault := _fault(target, force, marker)) is not None:
+        raise UsageError(f"{target} {fault}")
 
 
-def _holds(target: Path, marker: str) -> bool:
-    """Whether `target`, if it is still there, has the file. It may be another writer's from one look to the next."""
-    while (before := _identity(target)) is not None:
-        if (target / marker).is_file():
-            return True
-        if _identity(target) == before:
-            return False
-    return True
+def _fault(target: Path, force: bool, marker: str) -> str | None:
+    """Why what is at `target` stays; None if nothing is there. Between two looks other writers may exchange it."""
+    while (seen := _identity(target)) is not None:
+        if not target.is_dir():
+            fault = "exists and is not a directory; choose another place"
+        elif not (target / marker).is_file():
+            fault = f"exists and has no {marker}, so it will not be replaced; choose another place"
+        else:
+            return None if force else "exists; use --force to replace it"
+        if _identity(target) == seen:
+            return fault
+    return None
 
 
-def _identity(directory: Path) -> tuple[int, int, int] | None:
-    """What no two directories at one path share, and a renamed one not with itself; None if there is none."""
+def _identity(path: Path) -> tuple[int, int, int] | None:
+    """What no two things at one path share, nor one before and after a renaming; None if nothing is there."""
     try:
-        found = os.stat(directory)
+        found = os.lstat(path)
     except FileNotFoundError:
         return None
     return found.st_dev, found.st_ino, found.st_ctime_ns
@@ -218,18 +216,19 @@ def _rename_aside(directory: Path, target: Path) -> bool:
     if not os.path.lexists(target):
         os.rename(directory, target)
         return True
+    if (lock := _lock(target, wait=True)) is None:
+        return False  # another writer has moved it: look again
     aside = directory.with_suffix(ASIDE)
-    lock = _lock(target)
-    os.rename(target, aside)
     try:
-        os.rename(directory, target)
-    except BaseException:
-        _put_back(aside, target)
-        raise
+        os.rename(target, aside)
+        try:
+            os.rename(directory, target)
+        except BaseException:
+            _put_back(aside, target)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
     finally:
-        if lock is not None:
-            os.close(lock)
-    shutil.rmtree(aside, ignore_errors=True)
+        os.close(lock)
     return True
 
 

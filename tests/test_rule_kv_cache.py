@@ -48,7 +48,7 @@ def streamed(streaming: CachedSelfAttention, rows: Tensor, cuts: list[int], fact
         position = torch.full((BATCH,), start * factor)
         call = Call(position, states, single=end - start == 1, ticks="end")
         out.append(streaming(rows[:, start:end], call))
-        for state in declared:
+        for state in streaming.own_states:
             states[state.name] = appended(state, states[state.name], call.written[state.name], start)
     return torch.cat(out, dim=1)
 
