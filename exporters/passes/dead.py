@@ -35,7 +35,7 @@ def apply(graphs: Graphs, spec: StreamSpec) -> Outcome:
 
 
 def _alive(graphs: Graphs, spec: StreamSpec) -> set[str]:
-    alive: set[str] = set()
+    alive = {given.recent.name for given in spec.inputs}  # read by the host
     while True:
         wanted = {LOGITS, *(f"{name}.out" for name in alive)}
         read = {name for model in graphs.values() for name in _inputs_of(model.graph, wanted)}
