@@ -66,5 +66,5 @@ $(READY): pyproject.toml constraints.txt
 	rm -rf $(VENV); \
 	"$$python" -m venv $(VENV)
 	PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 \
-	    $(BIN)/python -m pip install -c constraints.txt -e '.[export,ort,openvino,trt-rtx,public,dev]'
+	    $(BIN)/python -m pip install -c constraints.txt -e '.[export,ort,openvino,trt-rtx,public,retro,dev]'
 	@touch $@

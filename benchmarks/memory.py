@@ -1,4 +1,4 @@
-"""Target 5: memory at inference, Hourglass against a vanilla model of the same depth and width, by stream length."""
+"""Target 5: memory at inference, by stream length: multi-scale models against vanilla ones of the same width."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import models
-from targets import HOURGLASS, VANILLA
+from targets import MEMORY_PAIRS
 
 from mscompile import footprint
 from mscompile.bench import Contestant, Field, Lane
@@ -25,7 +25,7 @@ def measure(build: Path, say: Callable[[str], None]) -> dict[str, Any]:
     buffers of one stream; the state's share grows with the stream.
     """
     bundles = {}
-    for name in (HOURGLASS, VANILLA):
+    for name in dict.fromkeys(name for pair in MEMORY_PAIRS.values() for name in pair):
         say(f"memory of {name}")
         bundles[name] = open_bundle(models.compiled(models.saved(name, build), build), hash_files=False)
     lengths: dict[str, Any] = {}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from shapes import VOCAB, hourglass, transformer_xl, vanilla
+from shapes import VOCAB, hourglass, multiscale, transformer_xl, vanilla
 
 from mscompile import checkpoint, compile_checkpoint
 from mscompile.contracts import Profile
@@ -39,6 +39,8 @@ MODELS = {
         Model("transformer-xl-41m", "transformer-xl", transformer_xl),
         Model("hourglass-12", "hourglass", hourglass),
         Model("vanilla-12", "hourglass", vanilla),
+        Model("multiscale-30", "multiscale-top-down", multiscale),
+        Model("vanilla-14", "hourglass", lambda: vanilla(14)),
     )
 }
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from mscompile.models.hourglass import Hourglass, HourglassConfig
+from mscompile.models.multiscale import ScalesConfig
+from mscompile.models.multiscale_top_down import TopDown
 from mscompile.models.transformer_xl import TransformerXL, TransformerXLConfig
 
 VOCAB = 204  # of the published enwik8 models
@@ -23,6 +25,11 @@ def hourglass() -> Hourglass:
     return Hourglass(HourglassConfig(vocab_size=VOCAB, hierarchy="2@1 8@3 2@1", context=CONTEXT))
 
 
-def vanilla() -> Hourglass:
-    """As many layers of the same width, all of them at every token."""
-    return Hourglass(HourglassConfig(vocab_size=VOCAB, hierarchy="12@1", context=CONTEXT))
+def vanilla(layers: int = 12) -> Hourglass:
+    """So many layers of the same width, all of them at every token."""
+    return Hourglass(HourglassConfig(vocab_size=VOCAB, hierarchy=f"{layers}@1", context=CONTEXT))
+
+
+def multiscale() -> TopDown:
+    """30 layers, ten at each scale, of Subramanian et al., arXiv 2005.00581 (their split is not known to us)."""
+    return TopDown(ScalesConfig(vocab_size=VOCAB, scales="10@1 10@4 10@16", context=CONTEXT))

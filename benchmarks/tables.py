@@ -1,4 +1,4 @@
-"""The measured tables of docs/performance.md, written from the result files: python benchmarks/tables.py
+"""The measured tables of README.md and docs/performance.md, written from the result files: python benchmarks/tables.py
 
 Each block between `<!-- measured: NAME -->` and `<!-- end -->` is replaced; a test checks that the document holds what
 this would write, so that a figure there is always a figure of a result file.
@@ -15,7 +15,7 @@ from typing import Any
 from targets import DECODE, HOURGLASS, PREFILL, TXL, VANILLA
 
 HERE = Path(__file__).parent
-DOCUMENT = HERE.parent / "docs" / "performance.md"
+DOCUMENTS = (HERE.parent / "README.md", HERE.parent / "docs" / "performance.md")
 BLOCK = re.compile(r"(<!-- measured: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 MISSING = "Not measured yet.\n"
 
@@ -111,7 +111,33 @@ def soak(found: Results) -> str:
     )
 
 
+def families(found: Results) -> str:
+    """A row for each family: where it is from, on what it was verified, how exact and how fast its engine is."""
+    from mscompile.models.families import FAMILIES
+
+    measured = found.get("families", {}).get("families", {})
+    rows = [
+        (
+            f"[{family.title}](docs/families.md#{anchor(family.title)})",
+            family.source,
+            f"{row['weights']}, {row['parameters'] / 1e6:.1f} M",
+            f"{row['max_logit_error']:.1e}",
+            f"{row['speedup']['median']:.1f}x",
+        )
+        for family in FAMILIES
+        if (row := measured.get(family.name))
+    ]
+    columns = ("family", "source", "weights", "largest error of a logit", "decode to the original's")
+    return table(columns, rows) if rows else MISSING
+
+
+def anchor(title: str) -> str:
+    """The anchor that a heading has on code hosts."""
+    return re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-")
+
+
 BLOCKS: dict[str, Callable[[Results], str]] = {
+    "families": families,
     "machine": machine,
     "targets": targets,
     "decode": timings(DECODE, TXL),
@@ -122,4 +148,5 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
 
 
 if __name__ == "__main__":
-    DOCUMENT.write_text(written(DOCUMENT.read_text(encoding="utf-8"), results()), encoding="utf-8")
+    for document in DOCUMENTS:
+        document.write_text(written(document.read_text(encoding="utf-8"), results()), encoding="utf-8")

@@ -17,7 +17,7 @@ from typing import Any
 
 from engines import ort_packed
 from engines.session import StreamSession
-from mscompile.contracts import Array, GraphSpec, Profile, StreamSpec, TensorSpec
+from mscompile.contracts import Array, GraphSpec, Profile, Sources, StreamSpec, TensorSpec
 from mscompile.errors import BundleError, EngineError, EngineUnavailable
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -48,8 +48,8 @@ class OrtPlan:
             for graph in spec.graphs
         }
 
-    def session(self, batch: int = 1) -> StreamSession:
-        return StreamSession(self.spec, _OrtExecutor(self), batch)
+    def session(self, batch: int = 1, sources: Sources | None = None) -> StreamSession:
+        return StreamSession(self.spec, _OrtExecutor(self), batch, sources)
 
 
 class _OrtExecutor:

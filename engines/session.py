@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from engines.buffers import Buffer, Replaced, Ring, buffer
+from engines.supply import Supply, supplies
 from mscompile.contracts import (
     LOGITS,
     POSITION,
@@ -24,6 +25,7 @@ from mscompile.contracts import (
     GraphSpec,
     ScheduledCall,
     Snapshot,
+    Sources,
     StreamSpec,
     check_tokens,
 )
@@ -37,15 +39,16 @@ class _Bound:
     graph: GraphSpec
     tokens: Array | None
     position: Array | None
+    supplied: tuple[tuple[Supply, Array], ...]
     logits: Array | None
     written: tuple[tuple[Buffer, Array], ...]
     execute: Callable[[], None]
 
 
 class StreamSession:
-    """A `Session` over any executor."""
+    """A `Session` over any executor; `sources` supply the host inputs of the spec, by name."""
 
-    def __init__(self, spec: StreamSpec, executor: Executor, batch: int = 1) -> None:
+    def __init__(self, spec: StreamSpec, executor: Executor, batch: int = 1, sources: Sources | None = None) -> None:
         if not 1 <= batch <= spec.max_batch:
             raise InputError(
                 f"batch {batch} is outside this engine's profile of 1 to {spec.max_batch}; "
@@ -53,6 +56,7 @@ class StreamSession:
             )
         self.spec, self._executor, self._batch = spec, executor, batch
         self._states = {state.name: buffer(state, batch) for state in spec.states}
+        self._supplies = supplies(spec.inputs, sources or {})
         self._graphs = {graph.name: graph for graph in spec.graphs}
         self._position = np.zeros(batch, dtype=np.int64)
         self._swapped = {graph.name: self._replaced(graph) for graph in spec.graphs}
@@ -71,8 +75,8 @@ class StreamSession:
     def step(self, tokens: Any) -> Array:
         """Consume tokens (batch, T), any T >= 1; logits (batch, T, vocab).
 
-        Raises InputError for tokens that do not fit, with nothing consumed, and EngineError if the engine
-        fails; then `reset()` or `restore()` before the next step.
+        Raises InputError for tokens that do not fit, or for a source that answers wrongly, with nothing consumed,
+        and EngineError if the engine fails; then `reset()` or `restore()` before the next step.
         """
         array = check_tokens(tokens, self._batch, self.spec.vocab_size)
         self._check_context(array.shape[1])
@@ -81,6 +85,8 @@ class StreamSession:
         try:
             if self._failed:
                 raise EngineError("an earlier step failed, so the state is unknown: reset() or restore() first")
+            for supply in self._supplies:
+                supply.ask(self._states[supply.given.recent.name].value, self._position, array)
             self._failed = True
             logits = self._consume(array)
             self._failed = False
@@ -156,6 +162,8 @@ class StreamSession:
                 bound.tokens[...] = tokens
             if bound.position is not None:
                 bound.position[...] = self._position
+            for supply, entries in bound.supplied:
+                supply.fill(entries, self._position, call.tokens)
             bound.execute()
             if bound.logits is not None:
                 logits[...] = bound.logits if rows is None else np.where(rows[:, None, None], bound.logits, logits)
@@ -194,6 +202,7 @@ class StreamSession:
             graph,
             inputs.get(TOKENS),
             inputs.get(POSITION),
+            tuple((supply, inputs[supply.given.name]) for supply in self._supplies if supply.given.name in inputs),
             outputs.get(LOGITS),
             tuple((state, state.view(outputs[name])) for name, state in written.items()),
             self._executor.bind(graph.name, inputs, outputs),

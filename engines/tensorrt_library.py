@@ -77,7 +77,7 @@ class Library:
 
 # The parser says this of every INT64 input, as advice to hosts that would bind INT32 buffers. Tokens and
 # positions are int64 in the spec, and the executor binds them as that, so it is no news.
-_EXPECTED = re.compile(r"Make sure input \S+ has Int64 binding")
+_EXPECTED = re.compile(r"Make sure (in|out)put \S+ has Int64 binding")
 _LOGS: dict[str, Any] = {}
 LOG_IN_USE = threading.RLock()  # the log is shared: without this, messages of two threads would mix
 

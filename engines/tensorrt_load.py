@@ -11,7 +11,7 @@ from engines.session import StreamSession
 from engines.tensorrt_device import DeviceExecutor
 from engines.tensorrt_library import LOG_IN_USE, Cuda, Library, Native, Runtime, boundary, messages, refusal
 from engines.tensorrt_sidecar import Ranges, read_sidecar
-from mscompile.contracts import GraphSpec, Session, StreamSpec
+from mscompile.contracts import GraphSpec, Session, Sources, StreamSpec
 from mscompile.errors import EngineError, EngineUnavailable, InputError
 
 
@@ -66,7 +66,7 @@ class TensorRTPlan:
         self._cuda = cuda
         self._engines = engines
 
-    def session(self, batch: int = 1) -> Session:
+    def session(self, batch: int = 1, sources: Sources | None = None) -> Session:
         if batch < self._ranges.batch[0]:
             raise InputError(f"batch {batch} is below this engine's least batch of {self._ranges.batch[0]}")
-        return StreamSession(self.spec, DeviceExecutor(self._cuda, self._log, self._engines), batch)
+        return StreamSession(self.spec, DeviceExecutor(self._cuda, self._log, self._engines), batch, sources)

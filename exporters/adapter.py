@@ -1,29 +1,31 @@
-"""Any PyTorch module with its memory in arguments -> stream program and graphs.
+"""A user's own module -> stream program and graphs.
 
 Given                                                        Becomes
   forward(tokens, *states) -> (logits, *new states)            graph `decode`   one token
   tokens (B, T), a StateSpec for each state                    graph `prefill`  many tokens, where it is exact
+  methods named by ticks                                       a graph each; closing ones without tokens
 
-The module may take `position` behind the tokens. What a stream equals is the module called token by token, each
-call with the states that the last one returned; for an appended state the host does what the StateSpec says.
-A prefill graph is added where a call of many tokens equals as many calls of one.
+`mscompile.models.own` says how memory in buffers, and no memory at all, become memory in arguments. What a stream
+equals is the module's own forward over whole streams where the adapter gives one, and else the module called token
+by token, each call with the states that the last one returned; for an appended state the host does what the
+StateSpec says. A prefill graph is added where a call of many tokens equals as many calls of one.
 
-Refused, with what to change: memory that is not in the arguments, results that are not what the StateSpecs say.
+Refused, with what to change: memory that is not declared, results that are not what the StateSpecs say, a module
+without memory that is not causal, sizes that a trace has frozen.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import onnx_ir as ir
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from exporters import check, export
-from exporters.program import DECODE, PREFILL
+from exporters import check, export, trials
+from exporters.adapted_graph import AdaptedGraph
 from mscompile.contracts import (
     BATCH,
     CHUNK,
@@ -41,41 +43,20 @@ from mscompile.contracts import (
     Tick,
 )
 from mscompile.errors import ExportError, Refusal
+from mscompile.models.own import Adapter, History, OwnModule
 
 NAME = "adapter"
-TRIAL = 5  # tokens that are fed at once and one by one, to compare
-TOLERANCE = 1e-3  # of the largest logit, for that
+DECODE, PREFILL = "decode", "prefill"
 
 
 @dataclass(frozen=True)
 class AdaptedProgram:
-    """The stream program of a user's module, which runs in eager mode, and its ONNX graphs."""
+    """The stream program of a user's module, which runs in eager mode, and its ONNX graphs once they are traced."""
 
-    graphs: dict[str, nn.Module]
+    graphs: Mapping[str, nn.Module]
     spec: StreamSpec
     hits: tuple[Hit, ...]
-    models: dict[str, ir.Model]
-
-
-class AdaptedModule(nn.Module):
-    """A user's module as a graph: forward(tokens, position, *states by name) -> (logits, *new states by name)."""
-
-    def __init__(self, module: nn.Module, states: Sequence[StateSpec], position: bool) -> None:
-        super().__init__()
-        self.module, self.takes_position = module, position
-        self.declared = tuple(state.name for state in states)  # in the order of the module's own arguments
-        self.names = tuple(sorted(self.declared))
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        tokens, position, *states = inputs
-        given = dict(zip(self.names, states, strict=True))
-        head = (tokens, position) if self.takes_position else (tokens,)
-        logits, *new = self.module(*head, *(given[name] for name in self.declared))
-        if len(new) != len(self.declared):
-            declared = ", ".join(self.declared)
-            raise Refusal(f"forward returned {len(new)} tensors behind the logits, wanted the new {declared}")
-        written = dict(zip(self.declared, new, strict=True))
-        return (logits, *(written[name] for name in self.names))
+    models: dict[str, ir.Model] = field(default_factory=dict)
 
 
 def adapt(
@@ -86,179 +67,124 @@ def adapt(
     position: bool = False,
     context: int | None = None,
 ) -> AdaptedProgram:
-    """The stream program of a module, and its graphs. The module is put in eval mode, its parameters frozen.
+    """The stream program of a module with its memory in arguments, and its graphs.
 
-    `states` stand in the order of the module's arguments and results; `position` says whether it takes the
-    position, (B,), behind the tokens; `context` is after how many tokens a stream must be reset, None if never.
-    Raises Refusal with what to change.
+    Like `build`, but a prefill graph whose trace freezes a size is left out with a `Hit` that says why.
     """
     if not states:
         raise Refusal("a module without states remembers nothing: declare a StateSpec for each tensor it remembers")
-    adapted = AdaptedModule(module, states, position).eval().requires_grad_(False)
-    states = sorted(states, key=lambda state: state.name)
-    with torch.inference_mode():
-        logits = _check_results(adapted, states)
-        _check_memory(adapted, states)
-        reason = _unlike_single_calls(adapted, states) if profile.max_chunk > 1 else "the longest chunk is one token"
-    decode, prefill = (_graph_spec(name, states, logits) for name in (DECODE, PREFILL))
-    models = {DECODE: _export(adapted, decode)}
-    if not reason:
+    program = build(OwnModule(Adapter(module, states, position=position, context=context)), profile)
+    models = {}
+    for graph in program.spec.graphs:
         try:
-            models[PREFILL] = _export(adapted, prefill)
+            models[graph.name] = trace(program, graph)
         except Refusal as error:
-            reason = str(error)
+            if graph.name != PREFILL:
+                raise
+            program = _without_prefill(program, str(error))
+    return AdaptedProgram(program.graphs, program.spec, program.hits, models)
+
+
+def build(model: OwnModule, profile: Profile) -> AdaptedProgram:
+    """The stream program of a user's module. Raises Refusal with what to change."""
+    adapter = model.adapter
+    declared = sorted(adapter.states, key=lambda state: state.name)
+    ticks = tuple(adapter.ticks) or (Tick((DECODE,)),)
+    multiple = Schedule(ticks).period if adapter.ticks else 1
+    graphs = _graphs(model, ticks)
+    longest = profile.max_chunk - profile.max_chunk % multiple
+    with torch.inference_mode():
+        for graph in graphs.values():
+            trials.check_results(graph, declared)
+            trials.check_memory(graph, declared)
+            graph.writes = trials.written(graph, declared)
+        if isinstance(model.stepper, History):
+            trials.check_causal(model.stepper)
+        graphs[PREFILL] = AdaptedGraph(model, adapter.prefill or "")
+        if not adapter.ticks:
+            graphs[PREFILL].writes = graphs[DECODE].writes
+        reason = _no_prefill(model, graphs, Schedule(ticks, None, multiple, longest), declared)
+    if reason:
+        del graphs[PREFILL]
+    schedule = Schedule(ticks, None if reason else PREFILL, multiple, 1 if reason else longest)
+    specs = tuple(_graph_spec(name, graph, declared, model.config.vocab_size) for name, graph in graphs.items())
     hit = Hit(NAME, PREFILL, not reason, reason or "a call of many tokens equals as many calls of one")
-    schedule = Schedule((Tick((DECODE,)),), None if reason else PREFILL, 1, 1 if reason else profile.max_chunk)
-    specs = (decode,) if reason else (decode, prefill)
-    spec = StreamSpec(tuple(states), specs, schedule, logits.shape[-1], profile.max_batch, context)
-    return AdaptedProgram(dict.fromkeys(models, adapted), spec, (hit,), models)
+    vocab_size = model.config.vocab_size
+    spec = StreamSpec(tuple(declared), specs, schedule, vocab_size, profile.max_batch, adapter.context)
+    return AdaptedProgram(graphs, spec, (_memory_hit(model), hit))
 
 
-def _graph_spec(name: str, states: Sequence[StateSpec], logits: Tensor) -> GraphSpec:
-    consumed: Dim = CHUNK if name == PREFILL else 1
-    names = tuple(state.name for state in states)
-    head = (TensorSpec(TOKENS, "int64", (BATCH, consumed)), TensorSpec(POSITION, "int64", (BATCH,)))
-    result = TensorSpec(LOGITS, _dtype(logits), (BATCH, consumed, logits.shape[-1]))
-    inputs = (*head, *(state.as_input() for state in states))
-    outputs = (result, *(state.as_output(consumed) for state in states))
-    return GraphSpec(name, inputs, outputs, names, names, consumed)
-
-
-def _export(module: AdaptedModule, spec: GraphSpec) -> ir.Model:
+def trace(program: AdaptedProgram, spec: GraphSpec) -> ir.Model:
     """One graph, held against its spec. Raises Refusal, for a size that the trace has frozen too."""
-    try:
-        model = export.export_module(module, spec)
+    with advising():
+        model = export.export_module(program.graphs[spec.name], spec)
         check.check_interface(model, spec, "export")
+    return model
+
+
+@contextmanager
+def advising() -> Iterator[None]:
+    """What a trace of a user's module fails with, as a Refusal that says what to change."""
+    try:
+        yield
     except ExportError as error:
         raise Refusal(
             f"{error}; forward must take any batch and any number of tokens: "
             "no int(), len(), .item(), branch or loop over a size"
         ) from error
-    return model
 
 
-# ---- Trial calls ------------------------------------------------------------------------------------------
+def _graphs(model: OwnModule, ticks: Sequence[Tick]) -> dict[str, AdaptedGraph]:
+    """A graph for every method that ticks name; `decode` is forward."""
+    closing = {name for tick in ticks for name in tick.closing}
+    names = dict.fromkeys(name for tick in ticks for name in (*tick.graphs, *tick.closing))
+    if not model.adapter.ticks:
+        return {DECODE: AdaptedGraph(model, "forward")}
+    for name in names:
+        if not callable(getattr(model.stepper, name, None)):
+            raise Refusal(f"a tick names {name!r}, which is no method of the module")
+    return {name: AdaptedGraph(model, name, name in closing) for name in names}
 
 
-def _initial(states: Sequence[StateSpec], batch: int) -> list[Tensor]:
-    return [torch.from_numpy(state.initial_value(batch)) for state in states]
+def _no_prefill(
+    model: OwnModule, graphs: Mapping[str, AdaptedGraph], schedule: Schedule, states: Sequence[StateSpec]
+) -> str:
+    """Why there is no graph for many tokens; empty if there is one."""
+    if model.adapter.prefill is None:
+        return "the adapter declares no prefill"
+    if schedule.max_chunk < 2:
+        return "the longest chunk is one token"
+    if model.adapter.ticks and model.adapter.prefill == "forward":
+        return "the adapter has ticks and names no method for many tokens"
+    return trials.unlike_single_calls(graphs, graphs[PREFILL], schedule, states)
 
 
-def _random(states: Sequence[StateSpec], batch: int) -> list[Tensor]:
-    """States that no initial value hides anything of; whole numbers stay what they are."""
-    generator = torch.Generator().manual_seed(0)
-    return [
-        torch.randn(value.shape, generator=generator, dtype=value.dtype) if value.is_floating_point() else value
-        for value in _initial(states, batch)
-    ]
+def _without_prefill(program: AdaptedProgram, reason: str) -> AdaptedProgram:
+    spec = program.spec
+    graphs = tuple(graph for graph in spec.graphs if graph.name != PREFILL)
+    schedule = Schedule(spec.schedule.ticks, None, 1, 1)
+    spec = StreamSpec(spec.states, graphs, schedule, spec.vocab_size, spec.max_batch, spec.max_context)
+    modules = {name: graph for name, graph in program.graphs.items() if name != PREFILL}
+    kept = tuple(hit for hit in program.hits if hit.place != PREFILL)
+    return AdaptedProgram(modules, spec, (*kept, Hit(NAME, PREFILL, False, reason)))
 
 
-def _call(module: AdaptedModule, tokens: Tensor, position: int, states: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    try:
-        return module(tokens, torch.full((len(tokens),), position), *(state.clone() for state in states))
-    except Refusal:
-        raise
-    except Exception as error:
-        given = ", ".join(str(tuple(state.shape)) for state in states)
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise Refusal(f"forward failed for tokens {tuple(tokens.shape)} and states {given}: {reason}") from error
+def _memory_hit(model: OwnModule) -> Hit:
+    names = ", ".join(state.name for state in model.adapter.states)
+    if isinstance(model.stepper, History):
+        why = "the module declares no memory: the stream so far is its state, and every call runs all of it"
+    else:
+        why = f"the module takes and returns {names}"
+    return Hit(NAME, "memory", True, why)
 
 
-def _check_results(module: AdaptedModule, states: Sequence[StateSpec]) -> Tensor:
-    """Logits and states are of the shapes declared; the logits of one token of two streams."""
-    batch = 2
-    logits, *new = _call(module, torch.zeros(batch, 1, dtype=torch.int64), 0, _initial(states, batch))
-    if logits.ndim != 3 or logits.shape[:2] != (batch, 1):
-        raise Refusal(f"forward returned logits of shape {tuple(logits.shape)}, wanted ({batch}, 1, vocabulary)")
-    for state, value in zip(states, new, strict=True):
-        wanted = state.as_output(1).concrete(batch=batch)
-        if tuple(value.shape) != wanted or _dtype(value) != state.dtype:
-            raise Refusal(
-                f"forward returned {state.name} as {_dtype(value)} {tuple(value.shape)}, "
-                f"its StateSpec ({state.update}) wants {state.dtype} {wanted}"
-            )
-    return logits
-
-
-def _check_memory(module: AdaptedModule, states: Sequence[StateSpec]) -> None:
-    """Nothing but the declared states goes from one call to the next."""
-    tokens, given = torch.zeros(2, 1, dtype=torch.int64), _random(states, 2)
-    before = {path: (value, value.clone()) for path, value in _held(module)}
-    first, second = (_call(module, tokens, 0, given) for _ in range(2))
-    for path, value in _held(module):
-        old, content = before.get(path, (None, value))
-        if old is not value or not torch.equal(content, value):
-            raise Refusal(
-                f"forward changes {path}, which is no declared state: take it as an argument, "
-                "return its new value, and declare a StateSpec for it"
-            )
-    if any(not torch.equal(one, other) for one, other in zip(first, second, strict=True)):
-        raise Refusal(
-            "two calls with the same tokens and states differ: forward draws random numbers, or keeps something "
-            "from call to call that is no declared state"
-        )
-
-
-def _held(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor that the module holds, registered or not, but for its parameters."""
-    for name, part in module.named_modules():
-        for attribute, value in chain(part.named_buffers(recurse=False), vars(part).items()):
-            values = (
-                value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else [value]
-            )
-            if attribute not in ("_parameters", "_buffers", "_modules"):
-                path = f"{name}.{attribute}".removeprefix("module.").lstrip(".")
-                yield from ((path, found) for found in values if isinstance(found, Tensor))
-
-
-def _unlike_single_calls(module: AdaptedModule, states: Sequence[StateSpec]) -> str:
-    """Why a call of many tokens is not as many calls of one; empty if it is."""
-    rings = [dim for state in states if (dim := _ring(state)) is not None]
-    longest = max((dim for state in states for dim in state.shape if isinstance(dim, int)), default=0)
-    length = min([TRIAL, *rings])
-    filled = min(rings) - length if rings else longest
-    worst = max(
-        _difference(module, states, start, position, length)
-        for position, start in ((0, _initial(states, 2)), (filled, _random(states, 2)))
-    )
-    if worst <= TOLERANCE:
-        return ""
-    return f"a call of {length} tokens differs from {length} calls of one by {worst:.2g} of the largest logit"
-
-
-def _difference(
-    module: AdaptedModule, states: Sequence[StateSpec], current: list[Tensor], position: int, length: int
-) -> float:
-    """Between one call and calls of one token, in units of the largest logit; infinite where one is no number."""
-    tokens = torch.arange(2 * length).reshape(2, length) % 2
-    together = _call(module, tokens, position, current)[0]
-    apart = []
-    for step in range(length):
-        logits, *new = _call(module, tokens[:, step : step + 1], position + step, current)
-        changes = zip(states, current, new, strict=True)
-        current = [_written(state, old, rows, position + step) for state, old, rows in changes]
-        apart.append(logits)
-    single = torch.cat(apart, dim=1)
-    if together.shape != single.shape:
-        return math.inf
-    found = float((together - single).abs().max() / single.abs().max())
-    return found if math.isfinite(found) else math.inf
-
-
-def _ring(state: StateSpec) -> int | None:
-    """How many rows an appended state holds."""
-    rows = state.shape[state.time_axis] if state.update == "append" and state.time_axis is not None else None
-    return rows if isinstance(rows, int) else None
-
-
-def _written(state: StateSpec, old: Tensor, new: Tensor, position: int) -> Tensor:
-    """What a host makes of a result: the new value, or the old one with one row more."""
-    rows = _ring(state)
-    if rows is None or state.time_axis is None:
-        return new
-    slot = torch.tensor([position % rows])
-    return old.index_copy(state.time_axis, slot, new)
-
-
-def _dtype(value: Tensor) -> str:
-    return str(value.dtype).removeprefix("torch.")
+def _graph_spec(name: str, graph: AdaptedGraph, states: Sequence[StateSpec], vocab_size: int) -> GraphSpec:
+    names, written = graph.names, [state for state in states if state.name in graph.writes]
+    inputs = tuple(state.as_input() for state in states)
+    if graph.closing:
+        return GraphSpec(name, inputs, tuple(state.as_output() for state in written), names, graph.writes, 0)
+    consumed: Dim = CHUNK if name == PREFILL else 1
+    head = (TensorSpec(TOKENS, "int64", (BATCH, consumed)), TensorSpec(POSITION, "int64", (BATCH,)))
+    logits = TensorSpec(LOGITS, "float32", (BATCH, consumed, vocab_size))
+    outputs = (logits, *(state.as_output(consumed) for state in written))
+    return GraphSpec(name, (*head, *inputs), outputs, names, graph.writes, consumed)

@@ -26,7 +26,7 @@ from torch import nn
 
 from exporters import forked
 from exporters.lowerings import TRANSLATIONS
-from exporters.program import StreamProgram
+from exporters.program import Streaming
 from mscompile.contracts import BATCH, CHUNK, CONTEXT, GraphSpec, TensorSpec
 from mscompile.errors import ExportError
 
@@ -45,7 +45,7 @@ SCOPES_KEY = "pkg.torch.onnx.name_scopes"
 logger = logging.getLogger(__name__)
 
 
-def export_graphs(program: StreamProgram, begins: Callable[[str], None] = lambda _: None) -> dict[str, ir.Model]:
+def export_graphs(program: Streaming, begins: Callable[[str], None] = lambda _: None) -> dict[str, ir.Model]:
     """Trace every graph of the program, several at once where that is possible; `begins` is told each name."""
     names = [graph.name for graph in program.spec.graphs]
     apart = forked.run(names, lambda name: _trace_apart(program, name), begins)
@@ -59,7 +59,7 @@ def export_graphs(program: StreamProgram, begins: Callable[[str], None] = lambda
     return models
 
 
-def export_graph(program: StreamProgram, name: str) -> ir.Model:
+def export_graph(program: Streaming, name: str) -> ir.Model:
     """Trace one graph of the program. Raises ExportError naming the graph if the trace fails."""
     return export_module(program.graphs[name], program.spec.graph(name), program.spec.schedule.chunk_multiple)
 
@@ -83,7 +83,7 @@ def export_module(module: nn.Module, spec: GraphSpec, multiple: int = 1) -> ir.M
     return model
 
 
-def _trace_apart(program: StreamProgram, name: str) -> bytes:
+def _trace_apart(program: Streaming, name: str) -> bytes:
     """What a forked process returns: the graph as a ModelProto that only names its weights."""
     torch.set_num_threads(1)  # its parent's threads are not there
     gc.disable()  # it ends with the trace

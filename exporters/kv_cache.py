@@ -18,46 +18,60 @@ from exporters.stream import Call, Scope, StreamModule, TypeRule
 from mscompile.models.attention import Attention, Block, Run, Stack, attend, later
 
 
-class CachedSelfAttention(StreamModule):
-    def __init__(self, module: Attention, scope: Scope) -> None:
+class KeyCache(StreamModule):
+    """Keys and values of `n_head` heads that see `window` rows, their own included; None is all."""
+
+    def __init__(self, n_head: int, d_head: int, window: int | None, scope: Scope) -> None:
         super().__init__()
-        self.module, self.factor = module, scope.factor
-        self.capacity = scope.rows(scope.factor) if module.window is None else module.window - 1
-        shape = (module.n_head, self.capacity, module.d_head)
+        self.window, self.factor = window, scope.factor
+        self.capacity = scope.rows(scope.factor) if window is None else window - 1
         if self.capacity:
-            self.key = scope.state("key", *shape, update="append", time_axis=2)
-            self.value = scope.state("value", *shape, update="append", time_axis=2)
+            self.key = scope.state("key", n_head, self.capacity, d_head, update="append", time_axis=2)
+            self.value = scope.state("value", n_head, self.capacity, d_head, update="append", time_axis=2)
             self.own_states = (self.key, self.value)
+
+    def runs(self, key: Tensor, value: Tensor, call: Call) -> list[Run]:
+        """Remembered keys, and the new ones (B, H, T, d_head), which are remembered from now on."""
+        remembered = self.remembered(key.shape[2], call)
+        self.remember(key, value, call)
+        causal = None if call.single else later(key.shape[2], self.window, key.device)
+        return [*remembered, Run(key, value, causal)]
+
+    def remembered(self, queries: int, call: Call) -> list[Run]:
+        """The keys of rows before this call, as the rows of this call see them; none where `window` is 1."""
+        if not self.capacity:
+            return []
+        key = call.read(self.key)
+        where = ("remembered", self.factor, self.capacity, self.window, str(queries))  # symbols have no hash
+        hidden = call.once(where, lambda: self._hidden(key.shape[2], queries, call))
+        return [Run(key, call.read(self.value), hidden)]
+
+    def remember(self, key: Tensor, value: Tensor, call: Call) -> None:
+        if self.capacity:
+            call.write(self.key, key)
+            call.write(self.value, value)
+
+    def _hidden(self, slots: int, queries: int, call: Call) -> Tensor:
+        """What queries do not see of the slots, (B, 1, T or 1, slots)."""
+        before = call.rows_before(self.factor)[:, None]  # (B, 1)
+        slot = torch.arange(slots, device=before.device)[None]
+        if self.window is None:
+            return (slot >= before)[:, None, None]
+        age = (before - 1 - slot) % self.capacity + 1  # rows back from the first query, 1 is the newest
+        ages = age[:, None, :] + torch.arange(queries, device=before.device)[None, :, None]
+        return ((ages >= self.window) | (age > before)[:, None, :])[:, None]
+
+
+class CachedSelfAttention(KeyCache):
+    def __init__(self, module: Attention, scope: Scope) -> None:
+        super().__init__(module.n_kv_head, module.d_head, module.window, scope)
+        self.module = module
 
     def forward(self, rows: Tensor, call: Call) -> Tensor:
         """(B, T, d) -> (B, T, d), each row attending to those before it and to itself."""
         numbers = numbered(rows, self.factor, call)
         key, value = self.module.keys(rows, numbers)
         return self.module.merge(attend(self.module.queries(rows, numbers), self.runs(key, value, call)))
-
-    def runs(self, key: Tensor, value: Tensor, call: Call) -> list[Run]:
-        """Remembered keys, and the new ones (B, H, T, d_head), which are remembered from now on."""
-        count, window = key.shape[2], self.module.window
-        causal = None if call.single else later(count, window, key.device)
-        new = [Run(key, value, causal)]
-        if not self.capacity:
-            return new
-        remembered = call.read(self.key)
-        call.write(self.key, key)
-        call.write(self.value, value)
-        where = ("remembered", self.factor, self.capacity, window, count)
-        hidden = call.once(where, lambda: self._hidden(remembered.shape[2], count, call))
-        return [Run(remembered, call.read(self.value), hidden), *new]
-
-    def _hidden(self, slots: int, queries: int, call: Call) -> Tensor:
-        """What queries do not see of the slots, (B, 1, T or 1, slots)."""
-        before = call.rows_before(self.factor)[:, None]  # (B, 1)
-        slot = torch.arange(slots, device=before.device)[None]
-        if self.module.window is None:
-            return (slot >= before)[:, None, None]
-        age = (before - 1 - slot) % self.capacity + 1  # rows back from the first query, 1 is the newest
-        ages = age[:, None, :] + torch.arange(queries, device=before.device)[None, :, None]
-        return ((ages >= self.module.window) | (age > before)[:, None, :])[:, None]
 
 
 def numbered(rows: Tensor, factor: int, call: Call) -> Tensor:

@@ -12,7 +12,8 @@ within a segment of T tokens. (Rolling it token by token is a different model.)
   c = [mems ; segment ; h]   states mems (B, M, d), replace; segment (B, T, d), append
   at the end of a segment, graph `close`: mems.out = [mems ; segment][-M:]
 
-The published memory starts empty and grows; here it has full size from the start and unfilled rows are masked.
+The published memory starts empty and grows; here it has full size from the start and unfilled rows are masked,
+unless the layer attends to them as zeros (`attends_empty`), which is what the states begin with.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ class _RecurrentLayer(StreamModule):
         super().__init__()
         self.layer = layer
 
-    def attend(self, h: Tensor, context: Tensor, sight: Sight, distances: Tensor, call: Call) -> Tensor:
-        """The layer's output for the last rows of `context`, which are those of h."""
+    def attend(self, h: Tensor, rows: Tensor, sight: Sight, distances: Tensor, call: Call) -> Tensor:
+        """The layer's output for the last of `rows`, which are those of h, ready for the projections."""
         attention = self.layer.attention
-        rows = self.layer.attention_input(context)
-        query = attention.heads(attention.query(rows[:, context.shape[1] - h.shape[1] :]))
+        query = attention.heads(attention.query(rows[:, rows.shape[1] - h.shape[1] :]))
         keys = Keys(attention.heads(attention.key(rows)), attention.heads(attention.value(rows)), sight)
         table = attention.table(call.once("positions", lambda: attention.encode(distances)))
-        return self.layer.combine(h, attention.merge(attend(query, [keys], table, call.biases)))
+        biases = self.layer.biases or call.biases
+        return self.layer.combine(h, attention.merge(attend(query, [keys], table, biases)))
 
 
 class RollingLayer(_RecurrentLayer):
@@ -55,7 +56,7 @@ class RollingLayer(_RecurrentLayer):
         context = torch.cat([call.read(self.mems), h], dim=1)
         call.write(self.mems, context[:, -remembered:])
         sight, distances = call.once("sight", lambda: self._sight(h, call))
-        return self.attend(h, context, sight, distances, call)
+        return self.attend(h, self.layer.attention_input(context), sight, distances, call)
 
     def _sight(self, h: Tensor, call: Call) -> tuple[Sight, Tensor]:
         """How h sees [mems ; h], and the distances in the table of positions."""
@@ -63,8 +64,9 @@ class RollingLayer(_RecurrentLayer):
         queries = torch.arange(h.shape[1], device=h.device)[:, None] + remembered
         keys = torch.arange(remembered + h.shape[1], device=h.device)[None, :]
         index = geometry.index(queries, keys)[None]
-        filled = keys >= remembered - call.position[:, None]
-        visible = geometry.visible(index) & filled[:, None, :]
+        visible = geometry.visible(index)
+        if not self.layer.attends_empty:
+            visible = visible & (keys >= remembered - call.position[:, None])[:, None, :]
         distances = geometry.distances(self.window, h.device)
         if call.single:  # one query sees one distance a key: a table in the order of the keys needs no shift
             return Sight(None, ~visible[:, None]), distances[index[0, 0]]
@@ -81,10 +83,10 @@ class SegmentLayer(_RecurrentLayer):
 
     def forward(self, h: Tensor, call: Call) -> Tensor:
         """(B, T, d) -> (B, T, d)."""
-        context = torch.cat([call.read(self.mems), call.read(self.segment), h], dim=1)
+        rows = self.layer.context(call.read(self.mems), call.read(self.segment), h)
         call.write(self.segment, h)
         sight, distances = call.once("sight", lambda: self._sight(h, call))
-        return self.attend(h, context, sight, distances, call)
+        return self.attend(h, rows, sight, distances, call)
 
     def _sight(self, h: Tensor, call: Call) -> tuple[Sight, Tensor]:
         """How h sees [mems ; segment ; h], and the distances in the table of positions."""
@@ -94,12 +96,15 @@ class SegmentLayer(_RecurrentLayer):
         # Rows are numbered from the first remembered one: mems, then this segment's, then h.
         keys = torch.cat([old[None, :].expand(phase.shape[0], -1), self.mem_len + phase + new[None, :]], dim=1)
         queries = (self.mem_len + phase + new[None, :])[:, :, None]  # (B, T, 1)
-        filled = (old >= self.mem_len - (call.position[:, None] - phase)) & (old < self.mem_len + phase)
+        filled = old < self.mem_len + phase
+        if not self.layer.attends_empty:
+            filled = filled & (old >= self.mem_len - (call.position[:, None] - phase))
         written = torch.cat([filled, (new >= 0)[None, :].expand(phase.shape[0], -1)], dim=1)
         geometry, reach = self.layer.attention.geometry, self.mem_len + self.tgt_len
         index = geometry.index(queries, keys[:, None, :])
         visible = geometry.visible(index) & written[:, None, :]
-        return Sight.of(index, visible, reach), geometry.distances(reach, h.device)
+        entries = self.layer.entries(index, keys[:, None, :])
+        return Sight.of(entries, visible, reach), geometry.distances(reach, h.device)
 
     def close(self, call: Call) -> None:
         """End a segment of tgt_len tokens."""
@@ -112,7 +117,7 @@ ROLLING = TypeRule(
     why="with same_length every token sees the same number of keys, so memory may roll with every call",
     type=TransformerXLLayer,
     build=RollingLayer,
-    condition=lambda layer: layer.attention.geometry.window is not None,
+    condition=lambda layer: layer.rolls,
 )
 SEGMENT = TypeRule(
     name="segment-memory",

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby, pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ PREFILL, DECODE, CLOSE = "prefill", "decode", "close"
 
 
 class GraphModule(nn.Module):
-    """One graph as a module: forward(tokens, position, *states it reads) -> (logits, *states it writes).
+    """One graph as a module: forward(tokens, position, *host inputs, *states it reads) -> (logits, *states it writes).
 
     The closing graph has neither tokens nor logits, and takes the position only where it needs it.
     """
@@ -50,23 +51,29 @@ class GraphModule(nn.Module):
     def __init__(self, root: Root, name: str, due: Callable[[int], bool]) -> None:
         super().__init__()
         self.root, self.name, self.due = root, name, due
-        self.state_names = tuple(state.name for state in root.states())  # narrowed to what is read once known
+        self.given = root.inputs  # these two are narrowed to what is read once known
+        self.state_names = tuple(state.name for state in root.states())
         self.writes: tuple[str, ...] = ()
         self.takes_position = True
 
-    def call(self, tokens: Tensor | None, position: Tensor, states: Mapping[str, Tensor]) -> tuple[Call, Tensor | None]:
+    def call(
+        self, tokens: Tensor | None, position: Tensor, supplied: Mapping[str, Tensor], states: Mapping[str, Tensor]
+    ) -> tuple[Call, Tensor | None]:
         root = self.root
-        call = Call(position, states, root.biases, self.name != PREFILL, self.due, root.ticks)
+        call = Call(position, states, root.biases, self.name != PREFILL, self.due, root.ticks, supplied)
         if tokens is None:
             root.close(call)
             return call, None
+        for given in root.inputs:
+            call.write(given.recent, tokens.clone())  # an output of a graph cannot be its input
         return call, root(tokens, call)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         given = list(inputs)
         tokens = None if self.name == CLOSE else given.pop(0)
         position = given.pop(0) if self.takes_position else torch.zeros(1, dtype=torch.int64)
-        call, logits = self.call(tokens, position, dict(zip(self.state_names, given, strict=True)))
+        supplied = {entry.name: given.pop(0) for entry in self.given}
+        call, logits = self.call(tokens, position, supplied, dict(zip(self.state_names, given, strict=True)))
         written = tuple(call.written[name] for name in self.writes)
         return written if logits is None else (logits, *written)
 
@@ -98,7 +105,7 @@ def build(model: ReferenceModel, profile: Profile, context: int | None = None) -
     modules = {name: GraphModule(root, name, due).eval() for name, due in sorted(graphs.items())}
     vocab_size, limit = int(model.config.vocab_size), context if root.bounded else None
     specs = tuple(_graph_spec(module, dtype, schedule.chunk_multiple, vocab_size, limit) for module in modules.values())
-    spec = StreamSpec(root.states(), specs, schedule, vocab_size, profile.max_batch, limit)
+    spec = StreamSpec(root.states(), specs, schedule, vocab_size, profile.max_batch, limit, root.inputs)
     return StreamProgram(root, modules, spec, tuple(hits))
 
 
@@ -143,8 +150,15 @@ def _graph_spec(graph: GraphModule, dtype: torch.dtype, multiple: int, vocab_siz
     states = {
         name: torch.zeros(_one(state.shape), dtype=getattr(torch, state.dtype)) for name, state in declared.items()
     }
+    consumed: Dim = 0 if tokens is None else CHUNK if graph.name == PREFILL else 1
+    taken = {given: given.as_input(consumed) for given in graph.root.inputs}
+    supplied = {
+        given.name: torch.zeros(tensor.concrete(batch=1, chunk=length), dtype=getattr(torch, tensor.dtype))
+        for given, tensor in taken.items()
+    }
     with torch.inference_mode():
-        call, _ = graph.call(tokens, torch.zeros(1, dtype=torch.int64), states)
+        call, _ = graph.call(tokens, torch.zeros(1, dtype=torch.int64), supplied, states)
+    graph.given = tuple(given for given in graph.root.inputs if given.name in call.takes)
     graph.state_names, graph.writes = tuple(sorted(call.reads)), tuple(sorted(call.written))
     graph.takes_position = tokens is not None or call.reads_position
     rows: dict[str, Dim] = {}  # that a call appends
@@ -155,11 +169,11 @@ def _graph_spec(graph: GraphModule, dtype: torch.dtype, multiple: int, vocab_siz
             rows[name] = _per_chunk(count, length) if graph.name == PREFILL else count
     outputs = [declared[name].as_output(rows.get(name)) for name in graph.writes]
     inputs = [declared[name].as_input(_remembered(declared[name], rows.get(name), limit)) for name in graph.state_names]
+    inputs = [*(taken[given] for given in graph.given), *inputs]
     if graph.takes_position:
         inputs.insert(0, TensorSpec(POSITION, "int64", (BATCH,)))
     if tokens is None:
         return GraphSpec(graph.name, tuple(inputs), tuple(outputs), graph.state_names, graph.writes, 0)
-    consumed: Dim = CHUNK if graph.name == PREFILL else 1
     inputs.insert(0, TensorSpec(TOKENS, "int64", (BATCH, consumed)))
     outputs.insert(0, TensorSpec(LOGITS, str(dtype).removeprefix("torch."), (BATCH, consumed, vocab_size)))
     return GraphSpec(graph.name, tuple(inputs), tuple(outputs), graph.state_names, graph.writes, consumed)
@@ -184,10 +198,23 @@ def _per_chunk(rows: int, chunk: int) -> str:
     return CHUNK if rows == chunk else f"{CHUNK}/{chunk // rows}"
 
 
+class Streaming(Protocol):
+    """A stream program, of whatever origin: graphs as modules, in the order of the spec's inputs and outputs."""
+
+    @property
+    def graphs(self) -> Mapping[str, nn.Module]: ...
+
+    @property
+    def spec(self) -> StreamSpec: ...
+
+    @property
+    def hits(self) -> tuple[Hit, ...]: ...
+
+
 class EagerExecutor:
     """Runs a program's graphs in PyTorch: the reference of every built engine's states."""
 
-    def __init__(self, program: StreamProgram) -> None:
+    def __init__(self, program: Streaming) -> None:
         self.program = program
 
     def bind(self, graph: str, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> Callable[[], None]:

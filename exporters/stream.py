@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mscompile.contracts import BATCH, Hit, StateSpec
+from mscompile.contracts import BATCH, Hit, HostInput, StateSpec
 from mscompile.errors import Refusal
 from mscompile.models.relative import Biases
 
@@ -66,8 +66,10 @@ class Scope:
                 streaming = rule.stream(module, scope)
                 self.hits.append(Hit(rule.name, scope.name or "model", True, rule.why))
                 return streaming
-        known = ", ".join(rule.name for rule in self.rules)
-        raise Refusal(f"{scope.name or 'model'}: no rule streams a {type(module).__name__} (rules: {known})")
+        raise Refusal(
+            f"{scope.name or 'model'}: no rule streams a {type(module).__name__}; `mscompile rules` lists what is "
+            "streamed, and an adapter takes modules of your own"
+        )
 
 
 class Rule(Protocol):
@@ -100,11 +102,14 @@ class Call:
         single: bool = True,
         due: Callable[[int], bool] = lambda _: True,
         ticks: Ticks = "begin",
+        supplied: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.single = single
         self.due = due
+        self._supplied = supplied or {}
         self._position, self._states, self._biases, self._ticks = position, states, biases, ticks
         self._shared: dict[Hashable, Any] = {}
+        self.takes: set[str] = set()  # host inputs
         self.reads: set[str] = set()
         self.reads_position = False
         self.written: dict[str, Tensor] = {}
@@ -133,6 +138,11 @@ class Call:
             return self.position
         begun = 0 if self._ticks == "end" else factor - 1
         return self.once(("rows before", factor), lambda: (self.position + begun) // factor)
+
+    def given(self, entry: HostInput) -> Tensor:
+        """What the host supplies for the chunks that this call completes, (B, chunks, *shape)."""
+        self.takes.add(entry.name)
+        return self._supplied[entry.name]
 
     def read(self, state: StateSpec) -> Tensor:
         self.reads.add(state.name)

@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mscompile.contracts import Profile as Profile
+    from mscompile.contracts import StateSpec as StateSpec
+    from mscompile.contracts import Tick as Tick
     from mscompile.errors import MsCompileError as MsCompileError
+    from mscompile.models.own import Adapter as Adapter
+    from mscompile.models.own import state as state
     from mscompile.pipeline import compile_checkpoint as compile_checkpoint
     from mscompile.runtime import Bundle as Bundle
     from mscompile.runtime import generate as generate
@@ -16,12 +20,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "Adapter": "mscompile.models.own",
     "Bundle": "mscompile.runtime",
     "MsCompileError": "mscompile.errors",
     "Profile": "mscompile.contracts",
+    "StateSpec": "mscompile.contracts",
+    "Tick": "mscompile.contracts",
     "compile_checkpoint": "mscompile.pipeline",
     "generate": "mscompile.runtime",
     "open_bundle": "mscompile.runtime",
+    "state": "mscompile.models.own",
 }
 __all__ = [*sorted(_PUBLIC)]
 

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -27,6 +28,7 @@ from mscompile import footprint, peers, worker
 from mscompile.contracts import Schedule
 from mscompile.errors import EngineError, EngineUnavailable, MsCompileError, UsageError
 from mscompile.runtime import Bundle, open_bundle
+from validation import sources
 from validation.ceilings import ProductRate, ReadBandwidth
 from validation.latency import (
     Latency,
@@ -323,7 +325,7 @@ def _steps(bundle: str, engine: str, reference: str, workspace: str) -> worker.H
     if engine in peers.PEERS:
         new_session = peers.sessions(engine, Path(reference), Path(workspace), threads())
     else:
-        new_session = opened.plan(engine).session
+        new_session = partial(opened.plan(engine).session, sources=sources.pseudo(opened.spec.inputs))
     spec = opened.spec
     meters: dict[tuple[str, int], Meter] = {}
 

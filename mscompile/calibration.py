@@ -13,7 +13,7 @@ from exporters.passes.base import Graphs
 from exporters.precision.ranges import SUFFIX, probed
 from mscompile.contracts import Array, StreamSpec
 from mscompile.errors import EngineUnavailable
-from validation import rollouts
+from validation import rollouts, sources
 
 STEPS = 384  # tokens a row of the long rollouts
 
@@ -24,7 +24,7 @@ def ranges(models: Graphs, spec: StreamSpec, text: Array | None) -> dict[str, di
         weights.save({name: probed(models[name]) for name in models}, Path(scratch))
         executor = _Recorder(Path(scratch), tuple(models))
         for rollout in rollouts.standard(spec, text, STEPS, seed=2):
-            session = StreamSession(spec, executor, rollout.tokens.shape[0])
+            session = StreamSession(spec, executor, rollout.tokens.shape[0], sources.pseudo(spec.inputs))
             resets, done = dict(rollout.resets), 0
             for number, chunk in enumerate(rollout.chunks):
                 if number in resets:

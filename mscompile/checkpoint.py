@@ -1,25 +1,26 @@
 """Trained checkpoints: writing them, and reading them without running anything they contain.
 
 A checkpoint is `{"format": "mscompile", "family", "config", "vocab", "state_dict"}`, written by torch.save
-(`.pt`) or as safetensors with the same fields as JSON metadata (`.safetensors`).
+(`.pt`) or as safetensors with the same fields as JSON metadata (`.safetensors`). Those of other projects are
+recognised by what they hold and converted (`mscompile/conversion`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import pickle
-import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from mscompile.conversion import read
+from mscompile.conversion.base import Converted, Foreign, Source
+from mscompile.conversion.table import SOURCES
 from mscompile.errors import CheckpointError, MsCompileError
 from mscompile.models import families
 from mscompile.models.family import Family, ReferenceModel
@@ -34,7 +35,17 @@ class Checkpoint:
 
     family: Family
     model: ReferenceModel  # eval mode, float32
-    vocab: tuple[str, ...]  # the text of every token, by id
+    vocab: tuple[str, ...]  # the text of every token, by id; empty where another project keeps it elsewhere
+    source: str  # the project whose format it has
+    files: tuple[Path, ...]  # that it was read from
+
+    def sha256(self) -> str:
+        """Of the file; of several, of the list of their digests and names, as `sha256sum` prints it."""
+        digests = {file.name: _sha256(file) for file in self.files}
+        if len(digests) == 1:
+            return next(iter(digests.values()))
+        listed = "".join(f"{digest}  {name}\n" for name, digest in sorted(digests.items()))
+        return hashlib.sha256(listed.encode()).hexdigest()
 
 
 def save(path: Path, family: str, model: ReferenceModel, vocab: tuple[str, ...]) -> None:
@@ -61,73 +72,76 @@ def load(path: Path, family: str = "auto") -> Checkpoint:
     `save` never does that.
 
     Raises CheckpointError, in one sentence, for a file that is missing, damaged, unsafe, of an unknown
-    family, or whose tensors do not fit; ConfigError for impossible settings.
+    family or project, or whose tensors do not fit; ConfigError for impossible settings.
     """
-    fields = read_fields(path)
+    content, files = read.read(path)
+    if isinstance(content, dict) and content.get("format") == FORMAT:
+        source, fields = FORMAT, _own(path, content)
+    else:
+        source, fields, files = _converted(path, content, files)
+        if family not in ("auto", fields["family"]):
+            raise CheckpointError(f"{path}: this is a {fields['family']} of {source}, not a {family}")
     row = families.find(str(fields["family"]) if family == "auto" else family)
     if not isinstance(fields["config"], dict):
         raise CheckpointError(f"{path}: config must be a mapping of settings, not {type(fields['config']).__name__}")
     config = row.parse_config(fields["config"])
-    vocab = _vocab(path, fields["vocab"], config.vocab_size)
+    vocab = _vocab(path, fields["vocab"], config.vocab_size) if fields["vocab"] or source == FORMAT else ()
     with torch.device("meta"):  # shapes only: the weights are those of the file
         model = row.model(config).eval()
     wanted = model.state_dict()
     _check_tensors(path, row.name, fields["state_dict"], wanted)
-    with _reading(path):
+    with read.guarded(path):
         given = {name: fields["state_dict"][name].to(tensor.dtype).contiguous() for name, tensor in wanted.items()}
     model.load_state_dict(given, assign=True)
-    return Checkpoint(row, model.requires_grad_(False), vocab)
+    return Checkpoint(row, model.requires_grad_(False), vocab, source, files)
 
 
-def read_fields(path: Path) -> dict[str, Any]:
-    """The fields of a checkpoint file, format checked, contents not yet."""
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such file")
-    if not path.is_file():
-        raise CheckpointError(f"{path}: a checkpoint is a file, this is a directory")
-    with _reading(path):
-        fields = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
-        raise CheckpointError(
-            f'{path}: not an mscompile checkpoint: it lacks "format": "{FORMAT}"; '
-            "save it with mscompile.checkpoint.save(path, family, model, vocab)"
-        )
-    if missing := [name for name in FIELDS if name not in fields]:
+def _own(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    if missing := [name for name in FIELDS if name not in content]:
         raise CheckpointError(f"{path}: the checkpoint lacks {', '.join(missing)}")
-    return fields
+    return content
 
 
-def _read_torch(path: Path) -> Any:
-    if not zipfile.is_zipfile(path):
-        if path.read_bytes()[:2] == b"PK":
-            raise CheckpointError(f"{path}: the file is truncated; copy or download it again")
-        raise CheckpointError(f"{path}: not a checkpoint: neither a torch.save archive nor a .safetensors file")
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+def _converted(path: Path, content: Any, files: tuple[Path, ...]) -> tuple[str, dict[str, Any], tuple[Path, ...]]:
+    """The project that a checkpoint is of, the fields of ours that it becomes, and all files it was read from."""
+    foreign = read.foreign(path, content, files)
+    if foreign is not None:
+        for source in SOURCES:
+            if converted := _by(source, foreign):
+                vocab = list(converted.vocab or foreign.vocab)
+                fields = {"family": converted.family, "config": dict(converted.config), "vocab": vocab}
+                return source.name, {**fields, "state_dict": dict(converted.tensors)}, foreign.files
+    known = ", ".join(source.name for source in SOURCES)
+    raise CheckpointError(
+        f"{path}: neither an mscompile checkpoint nor one of a known project ({known}): {_told(content, foreign)}; "
+        "convert it with mscompile.checkpoint.save(path, family, model, vocab)"
+    )
 
 
-def _read_safetensors(path: Path) -> dict[str, Any]:
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    fields = {name: json.loads(metadata[name]) for name in ("family", "config", "vocab") if name in metadata}
-    return {"format": metadata.get("format"), **fields, "state_dict": tensors}
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _by(source: Source, foreign: Foreign) -> Converted | None:
+    """What a project makes of a checkpoint, if it is one of its own. Nothing read has been checked before."""
     try:
-        yield
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: this pickle needs code to load, which is refused because code in a checkpoint can do anything; "
-            "load it where you trust it and save only its tensors: "
-            "mscompile.checkpoint.save(path, family, model, vocab) or safetensors"
-        ) from error
+        return source.convert(foreign) if source.recognises(foreign) else None
     except MsCompileError:
         raise
-    except Exception as error:
+    except Exception as error:  # whatever a file holds, the answer is one sentence
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: the file is damaged or truncated ({reason})") from error
+        raise CheckpointError(f"{foreign.path}: a damaged checkpoint of {source.name} ({reason})") from error
+
+
+def _told(content: Any, foreign: Foreign | None) -> str:
+    """What was found instead of a checkpoint that is known."""
+    if foreign is None:
+        return f"it holds a {type(content).__name__} without tensors by name"
+    shown = [f"{name} {tuple(tensor.shape)}" for name, tensor in list(foreign.tensors.items())[:3]]
+    more = ", ..." if len(foreign.tensors) > len(shown) else ""
+    settings = f"the settings {', '.join(sorted(foreign.config)[:8])}" if foreign.config else "no settings"
+    return f"it holds {len(foreign.tensors)} tensors ({', '.join(shown)}{more}) and {settings}"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _vocab(path: Path, vocab: Any, size: int) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from mscompile.errors import MsCompileError, UsageError
 
 if TYPE_CHECKING:
     from mscompile.runtime import Bundle
+    from validation.evidence import Validation
     from validation.parity import ParityReport
 
 app = typer.Typer(
@@ -39,6 +40,9 @@ Engines = Annotated[list[str] | None, typer.Option("--engine", help="An engine o
 OneEngine = Annotated[str | None, typer.Option("--engine", help="An engine of the bundle; the first that runs here.")]
 Tokens = Annotated[Path | None, typer.Option("--tokens", help="A text file for rollouts on real text.")]
 Reference = Annotated[Path | None, typer.Option("--reference", help="The original checkpoint to compare with.")]
+AdapterName = Annotated[
+    str | None, typer.Option("--adapter", help="For your own module: a Python file or installed adapter with build().")
+]
 FamilyName = Annotated[str, typer.Option("--family", help="The model's family; auto reads it from the checkpoint.")]
 
 
@@ -61,6 +65,7 @@ def export(
     ] = "ort",
     out: Annotated[Path | None, typer.Option("--out", help="The bundle to write.  [default: MODEL.msc]")] = None,
     family: FamilyName = "auto",
+    adapter: AdapterName = None,
     precision: Annotated[
         str, typer.Option("--precision", help="fp32, fp16, bf16, int8, int4 (weights only) or int8-dynamic.")
     ] = "fp32",
@@ -86,7 +91,7 @@ def export(
 
     least, most = _batch_range(batch)
     decided = Options(
-        family, precision, Profile(least, most, max_chunk), context, tokens, steps, validate, force, memory
+        family, precision, Profile(least, most, max_chunk), context, tokens, steps, validate, force, memory, adapter
     )
     with _progress() as progress:
         bundle = compile_checkpoint(model, _words(target), out, decided, progress)
@@ -115,35 +120,47 @@ def validate(
     engine: Engines = None,
     reference: Reference = None,
     family: FamilyName = "auto",
+    adapter: AdapterName = None,
     tokens: Tokens = None,
     steps: Annotated[int, typer.Option("--steps", help="Tokens a row in the long rollouts.")] = 2048,
+    thresholds: Annotated[
+        Path | None, typer.Option("--thresholds", help="A TOML file of stricter limits, see docs/ci.md.")
+    ] = None,
+    baseline: Annotated[
+        Path | None, typer.Option("--baseline", help="The last release's bundle: its logits and its latency.")
+    ] = None,
+    max_slowdown: Annotated[
+        float, typer.Option("--max-slowdown", help="Fail where a step takes surely more times as long as this.")
+    ] = 1.10,
+    rounds: Annotated[int, typer.Option("--rounds", help="Interleaved rounds of --baseline.")] = 10,
+    junit: Annotated[Path | None, typer.Option("--junit", help="Also write JUnit XML to this file.")] = None,
+    markdown: Annotated[Path | None, typer.Option("--markdown", help="Also write a summary for pull requests.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Also write a page with charts to this file.")] = None,
     as_json: AsJson = False,
     unfinished: Annotated[bool, typer.Option("--unfinished", hidden=True)] = False,
 ) -> None:
     """Check a bundle: its golden rollouts, or with --reference full rollouts against the original model."""
-    from mscompile import codec
+    from mscompile import codec, gate
     from mscompile.runtime import open_bundle
 
     if unfinished:
         threading.Thread(target=_end_with_the_parent, daemon=True).start()
     opened = open_bundle(bundle, unfinished=unfinished)
-    names = engine or _runnable(opened)
+    original = gate.Original(reference, family, adapter, tokens, steps) if reference else None
+    release = gate.Release(baseline, max_slowdown, rounds) if baseline else None
     with _progress() as progress:
-        if reference is None:
-            reports = [opened.verify(name) for name in names]
-        else:
-            from mscompile.verification import verify_against
-
-            reports = [verify_against(opened, name, reference, family, tokens, steps, progress) for name in names]
+        found = gate.validate(opened, engine or [], original, thresholds, release, progress)
+    _write_evidence(found, junit, markdown, html)
     if as_json:
-        _print_json({"reports": [codec.encode(report) for report in reports]})
+        _print_json(codec.encode(found))
     else:
         from validation import render
 
-        for report in reports:
+        for report in found.reports:
             _print(render.parity_table(report))
-    for report in reports:
-        report.raise_if_failed()
+        for line in render.evidence_lines(found):
+            typer.echo(line)
+    found.raise_if_failed()
 
 
 @app.command()
@@ -232,12 +249,13 @@ def generate(
 def inspect(
     path: Annotated[Path, typer.Argument(help="A checkpoint, a bundle or an .onnx graph.", show_default=False)],
     context: Annotated[int | None, typer.Option("--context", help="Longest stream in tokens to assume.")] = None,
+    adapter: AdapterName = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what a file is: its states, schedule, and which rules and passes fired or refused, and why."""
     from mscompile import inspection
 
-    facts = inspection.inspect(path, context)
+    facts = inspection.inspect(path, context, adapter)
     if as_json:
         _print_json(facts)
         return
@@ -318,14 +336,20 @@ def _end_with_the_parent() -> None:
     os._exit(1)
 
 
-def _runnable(opened: Bundle) -> list[str]:
-    """The bundle's engines that run here; where none does, the error says why."""
-    from engines import registry
+def _write_evidence(found: Validation, junit: Path | None, markdown: Path | None, html: Path | None) -> None:
+    """The reports that were asked for, before a failed gate ends the command."""
+    if junit is not None:
+        from validation.junit import document
 
-    names = [name for name in opened.engines if registry.find(name).cannot_run() is None]
-    if not names:
-        opened.plan()  # raises, with the reason
-    return names
+        _write(junit, document(found))
+    if markdown is not None:
+        from validation.markdown import summary
+
+        _write(markdown, summary(found))
+    if html is not None:
+        from validation.parity_html import parity_page
+
+        _write(html, parity_page(found))
 
 
 def _write(path: Path, text: str) -> None:

@@ -4,7 +4,8 @@ A stream program is states + graphs + a schedule:
 
 - every *state* tensor has a name, dtype, shape, batch axis, initial value and an update rule;
 - every *graph* is a pure function `(tokens, position, states it reads) -> (logits, states it writes)`;
-- the *schedule* says which graphs run for token number n; it is periodic in n.
+- the *schedule* says which graphs run for token number n; it is periodic in n;
+- a *host input* is what graphs take besides, once every m tokens, and the host gets from a source that it is given.
 
 `position` (batch,) int64 counts the tokens a row has consumed since its reset. Fill levels, phases and valid
 lengths all follow from it, so it is the only counter. Axis words in shapes: "batch", "chunk" for the number
@@ -26,6 +27,8 @@ from mscompile.errors import InputError
 
 Array = NDArray[Any]
 Dim = int | str
+Source = Callable[[Array], Array]  # int64 tokens (N, every) of completed chunks -> (N, *shape), see HostInput
+Sources = Mapping[str, Source]  # by the name of the host input
 
 BATCH = "batch"
 CHUNK = "chunk"
@@ -105,6 +108,59 @@ class StateSpec:
         """Bytes one batch row keeps in this state (one buffer)."""
         sizes = [dim for dim in self.shape if isinstance(dim, int)]
         return int(np.prod(sizes, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class HostInput:
+    """What graphs cannot compute, such as neighbours in a database: one entry for every whole `every` tokens.
+
+    A graph that completes such chunks takes it as input `name`, (batch, 1 or "chunk/every", *shape). The host gets
+    the entries from a source, which sees the tokens of the chunks and nothing else. For this the state
+    `<name>.recent` is a ring of the last `every` tokens, which every graph that consumes tokens writes.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    every: int
+    below: int | None = None  # whole numbers are 0 to below - 1; None where `dtype` is no integer
+
+    @property
+    def recent(self) -> StateSpec:
+        return StateSpec(f"{self.name}.recent", "int64", (BATCH, self.every), "append", time_axis=1)
+
+    def as_input(self, tokens: Dim) -> TensorSpec:
+        """The input of a graph that consumes 1 or "chunk" tokens."""
+        entries: Dim = f"{CHUNK}/{self.every}" if tokens == CHUNK and self.every > 1 else tokens
+        return TensorSpec(self.name, self.dtype, (BATCH, entries, *self.shape))
+
+    def source(self, sources: Sources) -> Source:
+        """The one that supplies this; InputError where it is missing."""
+        if self.name not in sources:
+            raise InputError(f"this model needs sources={{{self.name!r}: f}} from its host, f {self._function}")
+        return sources[self.name]
+
+    def ask(self, sources: Sources, chunks: Array) -> Array:
+        """The entries (N, *shape) for chunks (N, every); InputError where the source is missing or answers wrongly."""
+        source = self.source(sources)
+        if not len(chunks):
+            return np.zeros((0, *self.shape), self.dtype)
+        found = np.asarray(source(chunks))
+        if found.shape != (len(chunks), *self.shape) or not np.can_cast(found.dtype, self.dtype, "same_kind"):
+            came = f"{found.dtype} {found.shape} for N = {len(chunks)}"
+            raise InputError(f"the source of {self.name} returned {came}; it must be {self._function}")
+        if not np.isfinite(found).all():
+            raise InputError(f"the source of {self.name} returned a number that is not finite")
+        if self.below is not None and (outside := (found < 0) | (found >= self.below)).any():
+            wrong = found[outside][0]
+            raise InputError(f"the source of {self.name} returned {wrong}; it must be {self._function}")
+        return np.ascontiguousarray(found, self.dtype)
+
+    @property
+    def _function(self) -> str:
+        result = f"{self.dtype} ({', '.join(map(str, ('N', *self.shape)))})"
+        numbers = "" if self.below is None else f" of 0 to {self.below - 1}"
+        return f"a function from int64 tokens (N, {self.every}) to {result}{numbers}"
 
 
 @dataclass(frozen=True)
@@ -201,6 +257,7 @@ class StreamSpec:
     vocab_size: int
     max_batch: int
     max_context: int | None = None  # tokens after which a row must be reset; None: endless
+    inputs: tuple[HostInput, ...] = ()  # what sources supply
 
     def graph(self, name: str) -> GraphSpec:
         return next(graph for graph in self.graphs if graph.name == name)
@@ -276,7 +333,9 @@ class Plan(Protocol):
 
     spec: StreamSpec
 
-    def session(self, batch: int = 1) -> Session: ...
+    def session(self, batch: int = 1, sources: Sources | None = None) -> Session:
+        """A new group of streams at position 0; `sources` supply the spec's host inputs."""
+        ...
 
 
 class Engine(Protocol):

@@ -6,6 +6,7 @@
     <rollout>/chunks.npy        int64 (calls,): how many tokens each call of the rollout took; they add up to time
     <rollout>/logits.npy        float32 (batch, time, vocab)
     <rollout>/state/<name>.npy  each state after the last token
+    <rollout>/input/<name>.npy  each host input of the model: its entries (batch, time // every, ...) by chunk
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import math
 import struct
 import tokenize
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,12 +26,12 @@ import numpy as np
 from numpy.lib import format as npy
 
 from mscompile.atomic import explained
-from mscompile.contracts import Array
+from mscompile.contracts import Array, HostInput, Sources
 from mscompile.errors import BundleError
 
 SIZE_LIMIT_BYTES = 2**30
 EPOCH = (1980, 1, 1, 0, 0, 0)  # zip members carry a time; a fixed one keeps the bytes the same
-STATE = "state/"
+STATE, INPUT = "state/", "input/"
 DTYPES = ("bool", *("int8", "int16", "int32", "int64", "uint8"), *("float16", "float32", "float64"))
 DAMAGE = (  # all that zipfile and numpy raise for bytes that are not theirs
     *(zipfile.BadZipFile, struct.error, EOFError, NotImplementedError, RuntimeError, MemoryError),
@@ -45,12 +48,14 @@ class Rollout:
     chunks: Array  # (calls,) int64
     logits: Array  # (batch, time, vocab) float32
     states: dict[str, Array]
+    inputs: dict[str, Array] = field(default_factory=dict)
 
     def members(self) -> dict[str, Array]:
         """The arrays by their name in the file, in its order."""
         own = {"tokens": self.tokens, "chunks": self.chunks, "logits": self.logits}
         states = {STATE + name: self.states[name] for name in sorted(self.states)}
-        return {f"{self.name}/{key}": array for key, array in (own | states).items()}
+        inputs = {INPUT + name: self.inputs[name] for name in sorted(self.inputs)}
+        return {f"{self.name}/{key}": array for key, array in (own | states | inputs).items()}
 
     def fault(self) -> str | None:
         """What contradicts the layout above, None if nothing does."""
@@ -67,8 +72,14 @@ class Rollout:
             return f"chunks {self.chunks.tolist()} do not add up to {self.tokens.shape[1]} tokens"
         if self.tokens.min() < 0 or self.tokens.max() >= self.logits.shape[2]:
             return f"tokens must be ids 0 to {self.logits.shape[2] - 1}"
-        odd = (name for name, array in self.states.items() if not _plain(array.dtype))
-        return next((f"state {name} has dtype {self.states[name].dtype}" for name in odd), None)
+        kept = {f"{kind} {name}": array for kind, of in self._kept for name, array in of.items()}
+        return next(
+            (f"{name} has dtype {array.dtype}" for name, array in kept.items() if not _plain(array.dtype)), None
+        )
+
+    @property
+    def _kept(self) -> tuple[tuple[str, dict[str, Array]], ...]:
+        return ("state", self.states), ("input", self.inputs)
 
 
 @dataclass(frozen=True)
@@ -89,6 +100,10 @@ class Golden:
                 fault = "a name must be distinct, not empty, and without a slash"
             if fault is not None:
                 raise BundleError(f"golden rollout {rollout.name!r}: {fault}")
+
+    def sources(self, inputs: Iterable[HostInput]) -> Sources:
+        """Sources for a replay, that answer what was recorded; BundleError where something is missing."""
+        return {given.name: partial(_answer, _recorded(self.rollouts, given)) for given in inputs}
 
     def save(self, path: Path) -> None:
         """Write golden.npz; the same arrays give the same bytes."""
@@ -120,13 +135,38 @@ def _plain(dtype: np.dtype[Any]) -> bool:
 
 def _rollout(name: str, arrays: dict[str, Array]) -> Rollout:
     own = {key.partition("/")[2]: array for key, array in arrays.items() if key.partition("/")[0] == name}
-    states = {key.removeprefix(STATE): own.pop(key) for key in list(own) if key.startswith(STATE)}
+    states, inputs = (
+        {key.removeprefix(kind): own.pop(key) for key in list(own) if key.startswith(kind)} for kind in (STATE, INPUT)
+    )
     wanted = ("tokens", "chunks", "logits")
     if missing := [key for key in wanted if key not in own]:
         raise BundleError(f"golden rollout {name!r}: {missing[0]} is missing")
     if extra := sorted(own.keys() - set(wanted)):
         raise BundleError(f"golden rollout {name!r}: {extra[0]!r} is neither {', '.join(wanted)} nor {STATE}<name>")
-    return Rollout(name, own["tokens"], own["chunks"], own["logits"], states)
+    return Rollout(name, own["tokens"], own["chunks"], own["logits"], states, inputs)
+
+
+def _recorded(rollouts: Iterable[Rollout], given: HostInput) -> dict[bytes, Array]:
+    """The entry of every whole chunk, by the bytes of its tokens."""
+    entries: dict[bytes, Array] = {}
+    for rollout in rollouts:
+        batch, count = rollout.tokens.shape[0], rollout.tokens.shape[1] // given.every
+        found, wanted = rollout.inputs.get(given.name), (batch, count, *given.shape)
+        if found is None or found.shape != wanted or found.dtype != given.dtype:
+            came = "nothing" if found is None else f"{found.dtype} {found.shape}"
+            raise BundleError(
+                f"golden rollout {rollout.name!r}: wanted {given.dtype} {wanted} of {given.name}, got {came}"
+            )
+        chunks = rollout.tokens[:, : count * given.every].reshape(batch * count, given.every)
+        entries |= {
+            chunk.tobytes(): entry for chunk, entry in zip(chunks, found.reshape(-1, *given.shape), strict=True)
+        }
+    return entries
+
+
+def _answer(entries: dict[bytes, Array], chunks: Array) -> Array:
+    """The source that knows these entries."""
+    return np.stack([entries[chunk.tobytes()] for chunk in np.ascontiguousarray(chunks, np.int64)])
 
 
 def _read_members(path: Path) -> dict[str, Array]:

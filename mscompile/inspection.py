@@ -14,9 +14,11 @@ from mscompile.errors import CheckpointError, UsageError
 from mscompile.runtime import open_bundle
 
 
-def inspect(path: Path, context: int | None = None) -> dict[str, Any]:
+def inspect(path: Path, context: int | None = None, adapter: str | None = None) -> dict[str, Any]:
     """Facts about `path`, with "kind": "bundle", "checkpoint" or "graph". Raises for anything else."""
-    if path.is_dir():
+    if adapter is not None:
+        return inspect_checkpoint(path, context, adapter)
+    if path.is_dir() and not (path / "config.json").is_file():
         return inspect_bundle(path)
     if path.suffix == ".onnx":
         return inspect_graph(path)
@@ -57,20 +59,25 @@ def _numerics(graphs: dict[str, Any]) -> dict[str, str]:
     return told
 
 
-def inspect_checkpoint(path: Path, context: int | None = None) -> dict[str, Any]:
+def inspect_checkpoint(path: Path, context: int | None = None, adapter: str | None = None) -> dict[str, Any]:
     """What a checkpoint is and how it would stream, before anything is built."""
-    from exporters import program
-    from mscompile import checkpoint
+    from exporters import streaming
+    from exporters.cost import eager_flops, per_token
+    from mscompile import adapters
 
-    trained = checkpoint.load(path)
-    stream = program.build(trained.model, Profile(), context)
-    tensors = trained.model.state_dict().values()
+    trained = adapters.trained(path, adapter=adapter, context=context)
+    stream = streaming.build(trained.model, Profile(), context)
+    tensors, costs = trained.model.state_dict().values(), eager_flops(stream)
     return {
         "kind": "checkpoint",
+        "source": trained.source,
         "family": trained.family.name,
         "parameters": sum(parameter.numel() for parameter in trained.model.parameters()),
         "weights_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
         "config": asdict(trained.model.config),
+        "flops": costs,
+        "flops_per_token": round(per_token(costs, stream.spec.schedule)),
+        "period_tokens": stream.spec.schedule.period,
         "rules": _hits(stream.hits),
         **_spec(stream.spec),
     }
@@ -116,4 +123,5 @@ def _spec(spec: StreamSpec) -> dict[str, Any]:
         "schedule": codec.encode(spec.schedule),
         "graphs": {graph.name: {"reads": graph.reads, "writes": graph.writes} for graph in spec.graphs},
         "states": [codec.encode(state) for state in spec.states],
+        "host_inputs": [codec.encode(given) for given in spec.inputs],
     }

@@ -15,6 +15,7 @@ from typing import Any
 
 from mscompile.contracts import Session
 from mscompile.errors import EngineUnavailable, UsageError
+from validation import sources
 
 NewSession = Callable[[int], Session]
 
@@ -61,7 +62,7 @@ def _eager(checkpoint: Path, _: Path, threads: int) -> NewSession:
     from engines.torch_eager import reference_sessions
 
     torch.set_num_threads(threads)
-    return reference_sessions(checkpoint)
+    return reference_sessions(checkpoint, sources=sources.pseudo)
 
 
 def _compiled(checkpoint: Path, _: Path, threads: int) -> NewSession:
@@ -74,6 +75,7 @@ def _compiled(checkpoint: Path, _: Path, threads: int) -> NewSession:
         raise EngineUnavailable("torch.compile needs a C++ compiler on CPUs; install one, for example g++")
     torch.set_num_threads(threads)
     model = load(checkpoint).model
+    model.sources = sources.pseudo(model.inputs)
     model.compile()
     return lambda batch: TorchSession(model, batch)
 

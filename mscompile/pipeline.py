@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -15,18 +15,19 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
 from engines import registry
 from engines.session import StreamSession
 from engines.torch_eager import original
-from exporters import check, cost, derived, export, program, weights
+from exporters import adapter, check, cost, derived, export, program, streaming, weights
 from exporters.passes import append, table
 from exporters.passes.base import Outcome
 from exporters.precision import asked
 from exporters.precision import table as precisions
 from exporters.precision.base import Request
 from exporters.precision.rounding import Scheme
-from mscompile import bundle, calibration, checkpoint
+from mscompile import adapters, bundle, calibration, checkpoint
 from mscompile.atomic import writing
 from mscompile.contracts import Array, Engine, Profile, Snapshot, StreamSpec
 from mscompile.errors import EngineUnavailable, GateFailed, MsCompileError, UsageError
@@ -34,7 +35,7 @@ from mscompile.golden import Golden
 from mscompile.golden import Rollout as GoldenRollout
 from mscompile.runtime import Bundle, open_bundle
 from mscompile.tokenizer import Tokenizer
-from validation import rollouts
+from validation import rollouts, sources
 from validation.parity import TOLERANCES
 
 GOLDEN_TOKENS = 192
@@ -59,6 +60,7 @@ class Options:
     validate: bool = True
     force: bool = False
     memory: str = "append"  # how memories that roll are kept: one of MEMORIES
+    adapter: str | None = None  # of a user's own module: a Python file, or an installed one
     rounding: Scheme | None = None  # how weights are rounded, where the precision rounds them; None: its usual way
 
 
@@ -76,14 +78,15 @@ def compile_checkpoint(
     """
     options = options or Options()
     path = Path(model)
-    target = Path(out) if out is not None else path.with_suffix(".msc")
+    target = Path(out) if out is not None else _beside(path)
     chosen = _engines(targets, options)
     track = _Track(progress)
     with writing(target, options.force) as directory:
         track("reading the checkpoint")
-        trained = checkpoint.load(path, options.family)
+        trained = adapters.trained(path, options.family, options.adapter, options.context)
+        trained.model.sources = sources.pseudo(trained.model.inputs)
         track("making the streaming form")
-        stream = program.build(trained.model, options.profile, options.context)
+        stream = streaming.build(trained.model, options.profile, options.context)
         track.expect(2 * len(stream.graphs) + (2 if options.validate else 1) * len(chosen) + 2)
         models = _traced(stream, track)
         text = read_text(options.text, trained.vocab)
@@ -147,11 +150,12 @@ def _engines(targets: Sequence[str], options: Options) -> tuple[Engine, ...]:
     return chosen
 
 
-def _traced(stream: program.StreamProgram, track: _Track) -> dict[str, ir.Model]:
+def _traced(stream: program.Streaming, track: _Track) -> dict[str, ir.Model]:
     """Every graph, held against its GraphSpec."""
-    models = export.export_graphs(stream, lambda name: track(f"tracing {name}"))
-    for spec in stream.spec.graphs:
-        check.check_interface(models[spec.name], spec, "export")
+    with adapter.advising() if isinstance(stream, adapter.AdaptedProgram) else nullcontext():
+        models = export.export_graphs(stream, lambda name: track(f"tracing {name}"))
+        for spec in stream.spec.graphs:
+            check.check_interface(models[spec.name], spec, "export")
     return models
 
 
@@ -165,26 +169,28 @@ def _lowered(models: dict[str, ir.Model], passed: Outcome, text: Array | None, o
 
 
 def _golden(
-    stream: program.StreamProgram, spec: StreamSpec, graphs: Path, trained: checkpoint.Checkpoint, text: Array | None
+    stream: program.Streaming, spec: StreamSpec, graphs: Path, trained: checkpoint.Checkpoint, text: Array | None
 ) -> Golden:
     """Reference logits and final states of short rollouts, from the original and the stream program."""
     length = max(16, min(GOLDEN_TOKENS, GOLDEN_LOGITS // spec.vocab_size))
     states_of = derived.DerivedStates(graphs, spec).of
     full, recorded = original(trained.model), []
     for rollout in rollouts.golden(spec, text, length):
-        batch = rollout.tokens.shape[0]
-        stepped = StreamSession(stream.spec, program.EagerExecutor(stream), batch)
+        batch, model = rollout.tokens.shape[0], trained.model
+        supplied = {each.name: model.supplied(each, torch.from_numpy(rollout.tokens)).numpy() for each in model.inputs}
+        stepped = StreamSession(stream.spec, program.EagerExecutor(stream), batch, model.sources)
         stepped.step(rollout.tokens)
         chunks = np.array(rollout.chunks, dtype=np.int64)
         states = _written(spec, states_of(stepped.state()))
-        recorded.append(GoldenRollout(rollout.name, rollout.tokens, chunks, full(rollout.tokens), states))
+        logits = full(rollout.tokens)
+        recorded.append(GoldenRollout(rollout.name, rollout.tokens, chunks, logits, states, supplied))
     return Golden(tuple(recorded))
 
 
 def _manifest(
     path: Path,
     trained: checkpoint.Checkpoint,
-    stream: program.StreamProgram,
+    stream: program.Streaming,
     models: dict[str, ir.Model],
     passed: Outcome,
     options: Options,
@@ -192,12 +198,12 @@ def _manifest(
     """What is known before engines are built and verified."""
     single = [graph.name for graph in stream.spec.graphs if graph.tokens == 1]
     return bundle.Manifest(
-        name=path.stem,
+        name=_beside(path).stem,
         title=trained.family.title,
         family=trained.family.name,
         precision=options.precision,
         verified=False,
-        source=_source(path, trained),
+        source=_source(trained),
         versions={tool: version(tool) for tool in TOOLS},
         profile=options.profile,
         engines={},
@@ -248,6 +254,7 @@ def _verify_in_fresh_process(directory: Path, engine: str, reference: Path, opti
     """The parity report of what was written, made by a process that has only what was written."""
     command = [sys.executable, "-m", "mscompile.cli", "validate", str(directory), "--engine", engine]
     command += ["--reference", str(reference), "--family", options.family, "--steps", str(options.steps)]
+    command += ["--adapter", options.adapter] if options.adapter else []
     command += ["--json", "--unfinished"] + (["--tokens", str(options.text)] if options.text else [])
     # The pipe to its stdin ends when this process does, however it ends, and then so does the child.
     with (
@@ -284,11 +291,15 @@ def _tokenizer(vocab: tuple[str, ...]) -> Tokenizer | None:
     return Tokenizer("char", vocab) if vocab and all(len(token) == 1 for token in vocab) else None
 
 
-def _source(path: Path, trained: checkpoint.Checkpoint) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+def _source(trained: checkpoint.Checkpoint) -> dict[str, Any]:
     parameters = sum(parameter.numel() for parameter in trained.model.parameters())
-    return {"sha256": digest, "parameters": parameters, "config": asdict(trained.model.config)}
+    facts = {"format": trained.source, "sha256": trained.sha256(), "parameters": parameters}
+    return {**facts, "config": asdict(trained.model.config)}
+
+
+def _beside(path: Path) -> Path:
+    """Where a bundle goes by default: beside the checkpoint, under its name."""
+    return path.resolve().with_name(f"{path.resolve().name}.msc") if path.is_dir() else path.with_suffix(".msc")
 
 
 def _made(directory: Path) -> Path:

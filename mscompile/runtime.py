@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from engines import registry
 from mscompile import bundle
-from mscompile.contracts import Plan, Session, StreamSpec
+from mscompile.contracts import Plan, Session, Sources, StreamSpec
 from mscompile.errors import BundleError, EngineUnavailable, InputError, UsageError
 from mscompile.golden import Golden
 from mscompile.tokenizer import Tokenizer
@@ -64,17 +64,22 @@ class Bundle:
             self._plans[name] = row.load(self.path / bundle.GRAPHS, self.path / bundle.ENGINES / name, self.spec)
         return self._plans[name]
 
-    def session(self, engine: str | None = None, batch: int = 1) -> Session:
-        """A new group of `batch` streams at position 0."""
-        return self.plan(engine).session(batch)
+    def session(self, engine: str | None = None, batch: int = 1, sources: Sources | None = None) -> Session:
+        """A new group of `batch` streams at position 0.
+
+        A model with host inputs (`spec.inputs`) needs a source for each: a function from the tokens (N, every) of
+        chunks that were completed to what the model takes for them, (N, *shape).
+        """
+        return self.plan(engine).session(batch, sources)
 
     def verify(self, engine: str | None = None) -> ParityReport:
         """Replay the golden rollouts on this machine."""
         from validation.parity import check_golden
 
         plan = self.plan(engine)
-        name = engine or self._default_engine()
-        return check_golden(name, self.manifest.precision, self.spec, plan.session, self.golden.rollouts)
+        name, sources = engine or self._default_engine(), self.golden.sources(self.spec.inputs)
+        new_session = partial(plan.session, sources=sources)
+        return check_golden(name, self.manifest.precision, self.spec, new_session, self.golden.rollouts)
 
     def _default_engine(self) -> str:
         reasons = {name: registry.find(name).cannot_run() for name in self.engines}

@@ -33,6 +33,7 @@ def _faults(spec: StreamSpec) -> Iterator[str]:
         yield from _state_faults(state)
     for graph in spec.graphs:
         yield from _graph_faults(graph, spec.states)
+    yield from _input_faults(spec)
     yield from _schedule_faults(spec.schedule, graphs)
 
 
@@ -67,6 +68,44 @@ def _graph_faults(graph: GraphSpec, states: tuple[StateSpec, ...]) -> Iterator[s
         yield from _tensor_faults(f"{where}, tensor {tensor.name!r},", tensor)
     if graph.tokens not in (0, 1, CHUNK):
         yield f"{where} consumes {graph.tokens!r} tokens, not 0, 1 or {CHUNK!r}"
+
+
+def _input_faults(spec: StreamSpec) -> Iterator[str]:
+    """Every host input can be asked for with what the host has, exactly where a graph takes it."""
+    names = [given.name for given in spec.inputs]
+    yield from (f"two host inputs are named {name!r}" for name, count in Counter(names).items() if count > 1)
+    for given in spec.inputs:
+        where = f"host input {given.name!r}"
+        if given.every < 1 or min(given.shape, default=1) < 1:
+            yield f"{where} is {given.shape} every {given.every} tokens, which must all be at least 1"
+            continue
+        yield from _tensor_faults(where, TensorSpec(given.name, given.dtype, given.shape))
+        if ("int" in given.dtype) != (given.below is not None) or (given.below or 1) < 1:
+            yield f"{where} is {given.dtype} below {given.below}: whole numbers need a bound, others have none"
+        if given.recent not in spec.states:
+            yield f"{where} has no state {given.recent.name!r}, int64 (batch, {given.every}), to be asked for with"
+        for graph in spec.graphs:
+            if graph.tokens != 0 and given.recent.name not in graph.writes:
+                yield f"graph {graph.name!r} does not write state {given.recent.name!r}"
+            taken = [tensor for tensor in graph.inputs if tensor.name == given.name]
+            if taken and (graph.tokens == 0 or taken != [given.as_input(graph.tokens)]):
+                yield f"graph {graph.name!r} takes {where} as {taken[0].dtype} {taken[0].shape}"
+        takers = {graph.name for graph in spec.graphs if any(tensor.name == given.name for tensor in graph.inputs)}
+        yield from _due_faults(where, given.every, takers, spec.schedule)
+
+
+def _due_faults(where: str, every: int, takers: set[str], schedule: Schedule) -> Iterator[str]:
+    """No call takes the input before its chunk is complete."""
+    if schedule.period % every or (schedule.prefill in takers and schedule.chunk_multiple % every):
+        yield f"{where} comes every {every} tokens, which must divide the period and chunk_multiple"
+        return
+    phase = 0
+    for tick in schedule.ticks:
+        takes = not takers.isdisjoint(tick.graphs)
+        for place in range(phase, phase + tick.repeat):
+            if takes and (place + 1) % every:
+                yield f"{where} is taken at phase {place}, where no {every} tokens are complete"
+        phase += tick.repeat
 
 
 def _missing(where: str, what: str, names: list[str], wanted: Iterable[str]) -> Iterator[str]:

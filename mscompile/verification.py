@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from engines.session import StreamSession
 from engines.torch_eager import original
-from exporters import program
+from exporters import program, streaming
 from exporters.derived import DerivedSession, DerivedStates
-from mscompile import checkpoint
+from mscompile import adapters
 from mscompile.bundle import GRAPHS
 from mscompile.errors import UsageError
 from mscompile.pipeline import read_text
 from mscompile.runtime import Bundle
-from validation import parity, rollouts
+from validation import parity, rollouts, sources
 from validation.parity import ParityReport
 
 
@@ -27,18 +27,18 @@ def verify_against(
     text: Path | None = None,
     steps: int = 2048,
     progress: Callable[[str, int, int], None] = lambda *_: None,
+    adapter: str | None = None,
 ) -> ParityReport:
     """Chained rollouts of `engine` against the checkpoint the bundle was made from.
 
     Raises UsageError where `reference` is another checkpoint.
     """
-    trained = checkpoint.load(reference, family)
-    with reference.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != bundle.manifest.source["sha256"]:
+    trained = adapters.trained(reference, family, adapter, bundle.spec.max_context)
+    if trained.sha256() != bundle.manifest.source["sha256"]:
         raise UsageError(f"{reference} is not the checkpoint that {bundle.path} was made from: its sha256 differs")
     spec, profile = bundle.spec, bundle.manifest.profile
-    stream = program.build(trained.model, profile, spec.max_context)
+    supplied = trained.model.sources = sources.pseudo(spec.inputs)
+    stream = streaming.build(trained.model, profile, spec.max_context)
     plan, executor = bundle.plan(engine), program.EagerExecutor(stream)
     derived = DerivedStates(bundle.path / GRAPHS, spec)
     chosen = rollouts.standard(spec, read_text(text, trained.vocab), steps)
@@ -53,9 +53,9 @@ def verify_against(
         engine,
         bundle.manifest.precision,
         spec,
-        plan.session,
+        partial(plan.session, sources=supplied),
         original(trained.model),
-        lambda batch: DerivedSession(StreamSession(stream.spec, executor, batch), derived),
+        lambda batch: DerivedSession(StreamSession(stream.spec, executor, batch, supplied), derived),
         chosen,
         consumed,
     )

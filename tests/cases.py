@@ -124,7 +124,7 @@ def eager_session(
 ) -> StreamSession:
     """A session that runs the model's streaming form in PyTorch."""
     built = build(model, max(batch, 3), max_chunk, context)
-    return StreamSession(built.spec, program.EagerExecutor(built), batch)
+    return StreamSession(built.spec, program.EagerExecutor(built), batch, model.sources)
 
 
 def worst(left: Array, right: Array) -> float:
@@ -132,6 +132,15 @@ def worst(left: Array, right: Array) -> float:
     assert left.shape == right.shape, f"{left.shape} is not {right.shape}"
     difference = np.abs(left.astype(np.float64) - right)
     return float(np.where(np.isfinite(difference), difference, np.inf).max(initial=0.0))
+
+
+def remembered(model: ReferenceModel, tokens: Array, chunks: Iterable[int]) -> dict[str, Array]:
+    """All states and cursors of a new stream after `tokens` in chunks, as float64."""
+    session = eager_session(model, tokens.shape[0], max_chunk=16)
+    stream(session, tokens, chunks)
+    snapshot = session.state()
+    cursors = {f"cursor of {name}": cursor for name, cursor in snapshot.cursors.items()}
+    return {name: value.astype(np.float64) for name, value in (dict(snapshot.states) | cursors).items()}
 
 
 def edited(snapshot: Snapshot, states: Mapping[str, Array]) -> Snapshot:

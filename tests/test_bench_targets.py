@@ -15,6 +15,8 @@ import tables  # noqa: E402
 from precision import loss  # noqa: E402
 from targets import DECODE, HOURGLASS, PREFILL, TXL, VANILLA, Row, rows  # noqa: E402
 
+from mscompile.models.families import FAMILIES  # noqa: E402
+
 
 def ratio(median: float) -> dict[str, float]:
     return {"median": median, "low": 0.8 * median, "high": 1.25 * median}
@@ -112,10 +114,16 @@ def test_perplexity_loss_is_that_of_the_gate() -> None:
     assert (found["tokens"], found["logit_error"]) == (4096, 0.5)
 
 
-def test_the_document_quotes_the_results() -> None:
-    document = tables.DOCUMENT.read_text(encoding="utf-8")
-    assert {match[2] for match in tables.BLOCK.finditer(document)} == set(tables.BLOCKS)
-    assert document == tables.written(document, tables.results())
+def test_the_documents_quote_the_results() -> None:
+    texts = [path.read_text(encoding="utf-8") for path in tables.DOCUMENTS]
+    assert {match[2] for text in texts for match in tables.BLOCK.finditer(text)} == set(tables.BLOCKS)
+    assert texts == [tables.written(text, tables.results()) for text in texts]
+
+
+def test_every_family_is_measured() -> None:
+    measured = tables.results()["families"]["families"]
+    assert list(measured) == [family.name for family in FAMILIES]
+    assert all(row["max_logit_error"] < 1e-3 for row in measured.values())
 
 
 def test_a_changed_figure_is_noticed() -> None:

@@ -18,7 +18,7 @@ from mscompile.models.families import FAMILIES
 from mscompile.pipeline import compile_checkpoint
 from mscompile.runtime import open_bundle
 
-each = pytest.mark.parametrize(("family", "variant"), tiny.VARIANTS, ids="-".join)
+each = pytest.mark.parametrize(("family", "variant"), tiny.VARIANTS, ids=["-".join(names) for names in tiny.VARIANTS])
 EXACT = TOLERANCE[torch.float64]
 LENGTH = 19
 

@@ -22,6 +22,7 @@ COMMANDS = tuple(f"mscompile.{name}" for name in ("cli", "__main__", "bench", "i
 HEAVY_AT_THE_DOOR = (
     "mscompile.models",
     "mscompile.conversion",
+    "mscompile.adapters",
     "mscompile.checkpoint",
     "mscompile.pipeline",
     "mscompile.verification",

@@ -448,8 +448,9 @@ IMPOSSIBLE = [
     (
         _xl(memlen=3),
         (
-            "transformer-xl has no setting memlen; it has clamp_len, d_head, d_inner, d_model, dropout, mem_len, "
-            "n_head, n_layer, pre_norm, same_length, tgt_len, tie_embedding, vocab_size"
+            "transformer-xl has no setting memlen; it has clamp_len, cutoffs, d_embed, d_head, d_inner, d_model, "
+            "div_val, dropout, mem_len, n_head, n_layer, pre_norm, same_length, tgt_len, tie_embedding, "
+            "tie_projections, untie_biases, vocab_size"
         ),
     ),
 ]
@@ -498,10 +499,11 @@ def test_a_hierarchy_reads_as_its_descending_half() -> None:
 
 
 def test_the_family_table_lists_each_family_once_and_finds_the_nearest_name() -> None:
-    assert [family.name for family in families.FAMILIES] == ["transformer-xl", "hourglass"]
+    names = [family.name for family in families.FAMILIES]
+    assert len(names) == len(set(names))
     assert families.find("hourglass") is hourglass_module.FAMILY
     assert families.find("transformer-xl") is transformer_xl_module.FAMILY
     with pytest.raises(CheckpointError, match=r"^unknown family 'hour-glass'; did you mean hourglass\?$"):
         families.find("hour-glass")
-    with pytest.raises(CheckpointError, match=r"^unknown family 'rnn'; known families: transformer-xl, hourglass$"):
+    with pytest.raises(CheckpointError, match=r"^unknown family 'rnn'; known families: transformer-xl, "):
         families.find("rnn")

@@ -250,11 +250,7 @@ def check(
         failures += broken
         texts += [statistics] if rollout.is_text else []
     lost = perplexity(texts)
-    if lost is not None and not lost.loss <= tolerance.max_perplexity_loss:
-        failures.append(
-            f"perplexity on text is {lost.loss:.2%} (+- {lost.standard_error:.2%}) above the original's, over "
-            f"{lost.tokens} tokens; {tolerance.max_perplexity_loss:.2%} is allowed"
-        )
+    failures += perplexity_faults(lost, tolerance)
     failures += _snapshot_faults(new_session, rollouts[0])
     divergence = _greedy_divergence(spec, new_session, reference, rollouts[0])
     if divergence is not None and precision == "fp32":
@@ -327,7 +323,7 @@ def _run(
         for name, comparison in {"logits": logits, **named}.items()
         if comparison.not_finite
     ]
-    return tensors, broken + [fault for tensor in tensors for fault in _faults(tensor, tolerance)], statistics
+    return tensors, broken + [fault for tensor in tensors for fault in faults(tensor, tolerance)], statistics
 
 
 def _add_states(
@@ -378,7 +374,7 @@ def graph_of(spec: StreamSpec, position: int, count: int, offset: int) -> str:
         done += call.tokens
 
 
-def _faults(tensor: TensorParity, tolerance: Tolerance) -> list[str]:
+def faults(tensor: TensorParity, tolerance: Tolerance) -> list[str]:
     """What breaks the gate, each with its figures."""
     is_logits = tensor.tensor == "logits"
     ceiling = tolerance.logit_max_abs if is_logits else tolerance.state_max_abs
@@ -397,6 +393,16 @@ def _faults(tensor: TensorParity, tolerance: Tolerance) -> list[str]:
         f"{tensor.rollout}: {tensor.tensor}: {what} {value:.3g} exceeds {limit:.3g}; {where}"
         for what, value, limit in limits
         if value is not None and not value <= limit
+    ]
+
+
+def perplexity_faults(lost: Perplexity | None, tolerance: Tolerance) -> list[str]:
+    """The sentence that breaks the gate, where the loss on text is above its limit."""
+    if lost is None or lost.loss <= tolerance.max_perplexity_loss:
+        return []
+    return [
+        f"perplexity on text is {lost.loss:.2%} (+- {lost.standard_error:.2%}) above the original's, over "
+        f"{lost.tokens} tokens; {tolerance.max_perplexity_loss:.2%} is allowed"
     ]
 
 

@@ -124,7 +124,7 @@ def rows_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[objec
 
 def inspection_tables(title: str, facts: Mapping[str, Any]) -> list[RenderableType]:
     """What `inspect` found: plain facts first, then the schedule, graphs, states, rules and passes."""
-    nested = ("schedule", "graphs", "states", "rules", "passes")
+    nested = ("schedule", "graphs", "states", "host_inputs", "rules", "passes")
     tables: list[RenderableType] = [fields_table(title, {k: v for k, v in facts.items() if k not in nested})]
     if schedule := facts.get("schedule"):
         ticks = [(f"{t['repeat']} x", ", ".join(t["graphs"]), ", ".join(t["closing"])) for t in schedule["ticks"]]
@@ -138,6 +138,9 @@ def inspection_tables(title: str, facts: Mapping[str, Any]) -> list[RenderableTy
     if states := facts.get("states"):
         columns = ("name", "dtype", "shape", "update")
         tables.append(rows_table("states", columns, [[state[column] for column in columns] for state in states]))
+    if inputs := facts.get("host_inputs"):
+        told = [[given[column] for column in ("name", "dtype", "shape", "every")] for given in inputs]
+        tables.append(rows_table("supplied by the host", ("name", "dtype", "shape", "once in tokens"), told))
     return [*tables, *hit_tables(facts)]
 
 

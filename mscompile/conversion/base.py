@@ -23,6 +23,8 @@ class Foreign:
     path: Path
     tensors: Mapping[str, Tensor]  # the state dict, without a "module." that a parallel wrapper left
     config: Mapping[str, Any]  # settings stored beside the tensors, or in a .json file beside the checkpoint
+    vocab: tuple[str, ...] = ()  # the text of every token, where one is stored
+    files: tuple[Path, ...] = ()  # that all this was read from
 
     def setting(self, *names: str) -> Any:
         """The first of these settings that there is. CheckpointError says where it is looked for."""

@@ -32,9 +32,18 @@ def attend(query: Tensor, runs: Sequence[Run], scale: float | None = None) -> Te
     """One softmax over several runs of keys; (B, H, T, d_head) -> (B, H, T, d_head).
 
     A query that sees nothing gets the mean of all values: callers that allow this must not use it.
+    Fewer heads of keys than of queries: each serves as many neighbouring query heads, as rows of one product.
     """
+    heads, group = query.shape[1], query.shape[1] // runs[0].key.shape[1]
     query = query * (1.0 / math.sqrt(query.shape[-1]) if scale is None else scale)
-    scores = [_hide(query @ run.key.transpose(-1, -2), run.hidden) for run in runs]
+    if group > 1:
+        query = query.unflatten(1, (heads // group, group)).flatten(2, 3)
+    mixed = _mix(query, runs, group)
+    return mixed if group == 1 else mixed.unflatten(2, (group, -1)).flatten(1, 2)
+
+
+def _mix(query: Tensor, runs: Sequence[Run], group: int) -> Tensor:
+    scores = [_hide(query @ run.key.transpose(-1, -2), run.hidden, group) for run in runs]
     if len(runs) == 1:
         return scores[0].softmax(dim=-1) @ runs[0].value
     weights = torch.cat(scores, dim=-1).softmax(dim=-1).split([run.key.shape[2] for run in runs], dim=-1)
@@ -42,8 +51,13 @@ def attend(query: Tensor, runs: Sequence[Run], scale: float | None = None) -> Te
     return reduce(torch.add, others, first)
 
 
-def _hide(scores: Tensor, hidden: Tensor | None) -> Tensor:
-    return scores if hidden is None else scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+def _hide(scores: Tensor, hidden: Tensor | None, group: int) -> Tensor:
+    if hidden is None:
+        return scores
+    lowest = torch.finfo(scores.dtype).min
+    if group == 1:
+        return scores.masked_fill(hidden, lowest)
+    return scores.unflatten(2, (group, -1)).masked_fill(hidden[:, :, None], lowest).flatten(2, 3)
 
 
 def rotated(rows: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:
@@ -72,7 +86,8 @@ class Attention(nn.Module):
     """Multi-head attention of rows to rows; causal self-attention where it is called with one argument.
 
     `window` is how many rows a query sees, its own included; None is all. `rotary` turns queries and keys by their
-    row numbers. `d_context` is the width of the rows that are attended to, where it is another one.
+    row numbers, with `rotary_base`. `d_context` is the width of the rows that are attended to, where it is another
+    one. With `n_kv_head` below `n_head` neighbouring query heads share keys and values (arXiv 2305.13245).
     """
 
     def __init__(
@@ -82,20 +97,23 @@ class Attention(nn.Module):
         *,
         bias: bool = True,
         rotary: bool = False,
+        rotary_base: float = 10000.0,
         window: int | None = None,
         d_context: int | None = None,
+        n_kv_head: int | None = None,
+        d_head: int | None = None,
     ) -> None:
         super().__init__()
-        self.n_head, self.d_head = n_head, d_model // n_head
-        self.rotary, self.window = rotary, window
-        self.query = nn.Linear(d_model, d_model, bias=bias)
-        self.key = nn.Linear(d_context or d_model, d_model, bias=bias)
-        self.value = nn.Linear(d_context or d_model, d_model, bias=bias)
-        self.output = nn.Linear(d_model, d_model, bias=bias)
+        self.n_head, self.n_kv_head, self.d_head = n_head, n_kv_head or n_head, d_head or d_model // n_head
+        self.rotary, self.rotary_base, self.window = rotary, rotary_base, window
+        self.query = nn.Linear(d_model, n_head * self.d_head, bias=bias)
+        self.key = nn.Linear(d_context or d_model, self.n_kv_head * self.d_head, bias=bias)
+        self.value = nn.Linear(d_context or d_model, self.n_kv_head * self.d_head, bias=bias)
+        self.output = nn.Linear(n_head * self.d_head, d_model, bias=bias)
 
     def heads(self, rows: Tensor) -> Tensor:
-        """(B, S, d_model) -> (B, H, S, d_head)."""
-        return rows.unflatten(-1, (self.n_head, self.d_head)).transpose(1, 2)
+        """(B, S, heads * d_head) -> (B, heads, S, d_head)."""
+        return rows.unflatten(-1, (-1, self.d_head)).transpose(1, 2)
 
     def merge(self, mixed: Tensor) -> Tensor:
         """(B, H, T, d_head) -> (B, T, d_model), projected."""
@@ -104,12 +122,12 @@ class Attention(nn.Module):
     def queries(self, rows: Tensor, positions: Tensor) -> Tensor:
         """(B, T, d_model) with row numbers (1 or B, T) -> (B, H, T, d_head)."""
         query = self.heads(self.query(rows))
-        return rotated(query, positions) if self.rotary else query
+        return rotated(query, positions, self.rotary_base) if self.rotary else query
 
     def keys(self, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values, (B, H, S, d_head) each, of rows (B, S, d) with row numbers (1 or B, S)."""
+        """Keys and values, (B, n_kv_head, S, d_head) each, of rows (B, S, d) with row numbers (1 or B, S)."""
         key = self.heads(self.key(rows))
-        return (rotated(key, positions) if self.rotary else key), self.heads(self.value(rows))
+        return (rotated(key, positions, self.rotary_base) if self.rotary else key), self.heads(self.value(rows))
 
     def forward(self, rows: Tensor, context: Tensor | None = None, hidden: Tensor | None = None) -> Tensor:
         """(B, T, d_model) -> (B, T, d_model). With `context` (B, S, d), `hidden` says what is not seen."""

@@ -5,10 +5,60 @@ from __future__ import annotations
 import difflib
 
 from mscompile.errors import CheckpointError
-from mscompile.models import hourglass, transformer_xl
+from mscompile.models import (
+    chapters,
+    compressive,
+    dynamic_pooling,
+    feedback,
+    hm_lstm,
+    hourglass,
+    hourglass_pytorch,
+    long_short,
+    megabyte,
+    megabyte_pytorch,
+    memory_transformer,
+    multiscale_bottom_up,
+    multiscale_heads,
+    multiscale_retina,
+    multiscale_top_down,
+    product_key_memory,
+    recurrent_memory,
+    recurrent_memory_pytorch,
+    recurrent_memory_wrapper,
+    retro,
+    segatron,
+    skip_cross_head,
+    transformer_xl,
+    xlnet,
+)
 from mscompile.models.family import Family
 
-FAMILIES: tuple[Family, ...] = (transformer_xl.FAMILY, hourglass.FAMILY)
+FAMILIES: tuple[Family, ...] = (
+    transformer_xl.FAMILY,
+    xlnet.FAMILY,
+    skip_cross_head.FAMILY,
+    segatron.FAMILY,
+    hm_lstm.FAMILY,
+    hourglass.FAMILY,
+    hourglass_pytorch.FAMILY,
+    multiscale_top_down.FAMILY,
+    multiscale_bottom_up.FAMILY,
+    multiscale_retina.FAMILY,
+    multiscale_heads.FAMILY,
+    long_short.FAMILY,
+    megabyte.FAMILY,
+    megabyte_pytorch.FAMILY,
+    compressive.FAMILY,
+    feedback.FAMILY,
+    memory_transformer.FAMILY,
+    recurrent_memory_wrapper.FAMILY,
+    retro.FAMILY,
+    product_key_memory.FAMILY,
+    recurrent_memory.FAMILY,
+    chapters.FAMILY,
+    dynamic_pooling.FAMILY,
+    recurrent_memory_pytorch.FAMILY,
+)
 
 
 def find(name: str) -> Family:

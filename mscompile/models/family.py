@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mscompile.contracts import HostInput, Sources
 from mscompile.errors import ConfigError
 
 
@@ -15,6 +17,8 @@ class ReferenceModel(nn.Module):
     """A trained model as published. `full` is what every stream must equal."""
 
     config: Any
+    inputs: tuple[HostInput, ...] = ()  # what the model takes besides tokens
+    sources: Sources = MappingProxyType({})  # where `full` gets it; set by whoever runs a model with inputs
 
     def full(self, tokens: Tensor) -> Tensor:
         """Logits (B, T, V) that predict the token after each one of `tokens` (B, T), from an empty memory.
@@ -22,6 +26,13 @@ class ReferenceModel(nn.Module):
         This is the model's own forward, segment by segment where the model defines segments.
         """
         raise NotImplementedError
+
+    def supplied(self, given: HostInput, tokens: Tensor) -> Tensor:
+        """What the source says of the whole chunks of tokens (B, T): (B, T // every, *shape)."""
+        batch, count = tokens.shape[0], tokens.shape[1] // given.every
+        chunks = tokens[:, : count * given.every].reshape(batch * count, given.every)
+        entries = torch.from_numpy(given.ask(self.sources, chunks.cpu().numpy()))
+        return entries.reshape(batch, count, *given.shape).to(tokens.device)
 
     def advance(self, tokens: Tensor, carry: Any = None) -> tuple[Tensor, Any]:
         """Go on as the published code does: logits of `tokens` (B, T), and what the next call needs.
@@ -84,3 +95,12 @@ def require_dropout(value: Any) -> None:
     """A probability, below 1."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     require(is_number and 0.0 <= value < 1.0, f"dropout must lie in [0, 1), not {value!r}")
+
+
+def require_layers(name: str, given: Any, n_layer: int) -> None:
+    """Layer numbers from 0, one at least, in rising order."""
+    known = isinstance(given, list | tuple) and all(type(layer) is int for layer in given)
+    require(
+        known and len(given) > 0 and list(given) == [layer for layer in range(n_layer) if layer in given],
+        f"{name} must be numbers from 0 to {n_layer - 1} in rising order, not {given!r}",
+    )

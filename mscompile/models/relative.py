@@ -17,7 +17,7 @@ Axes: B batch, T query rows, S key rows, H heads, D distances in the table.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
@@ -77,10 +77,10 @@ class Sight:
     """How queries see a run of keys: table entries and what is hidden, (1 or B, 1, T, S) each.
 
     `index` (S,) holds for every query; None says that the table already has one entry a key, in the order of
-    the keys. `hidden` None says that every key is seen.
+    the keys; of several indices the entries are summed. `hidden` None says that every key is seen.
     """
 
-    index: Tensor | None
+    index: Tensor | tuple[Tensor, ...] | None
     hidden: Tensor | None
 
     @classmethod
@@ -98,14 +98,25 @@ class Keys:
     sight: Sight
 
 
-def attend(query: Tensor, runs: Sequence[Keys], table: Tensor, biases: Biases) -> Tensor:
+def attend(
+    query: Tensor,
+    runs: Sequence[Keys],
+    table: Tensor,
+    biases: Biases | None,
+    widen: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """One softmax over several runs of keys.
 
-    `query` is (B, H, T, d_head), `table` the position keys (H, d_head, D). Returns (B, H, T, d_head).
+    `query` is (B, H, T, d_head), `table` the position keys (H, d_head, D); None stands for biases of 0.
+    Returns (B, H, T, d_head). `widen` adds entries to the position scores (B, H, T, D), for pairs that no distance
+    describes.
     """
     scale = 1.0 / math.sqrt(query.shape[-1])
-    by_content = (query + biases.content[None, :, None, :]) * scale
-    by_position = (query + biases.position[None, :, None, :]) * scale @ table  # (B, H, T, D)
+    by_content = by_position = query
+    if biases is not None:
+        by_content, by_position = query + biases.content[None, :, None, :], query + biases.position[None, :, None, :]
+    by_content, by_position = by_content * scale, by_position * scale @ table  # the second (B, H, T, D)
+    by_position = by_position if widen is None else widen(by_position)
     scores = [_scores(by_content, by_position, run) for run in runs]
     if len(runs) == 1:
         return scores[0].softmax(dim=-1) @ runs[0].value
@@ -117,11 +128,17 @@ def attend(query: Tensor, runs: Sequence[Keys], table: Tensor, biases: Biases) -
 def _scores(by_content: Tensor, by_position: Tensor, run: Keys) -> Tensor:
     index, hidden = run.sight.index, run.sight.hidden
     if index is not None:
-        every = index.dim() == 1
-        shape = (*by_content.shape[:2], -1, -1)
-        by_position = by_position.index_select(3, index) if every else by_position.gather(3, index.expand(shape))
+        parts = index if isinstance(index, tuple) else (index,)
+        by_position = reduce(torch.add, (_entries(by_position, part) for part in parts))
     scores = by_content @ run.key.transpose(-1, -2) + by_position
     return scores if hidden is None else scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+
+
+def _entries(by_position: Tensor, index: Tensor) -> Tensor:
+    """Of the scores of all table entries (B, H, T, D) those of the keys, (B, H, T, S)."""
+    if index.dim() == 1:
+        return by_position.index_select(3, index)
+    return by_position.gather(3, index.expand(*by_position.shape[:2], -1, -1))
 
 
 class RelativeAttention(nn.Module):
@@ -163,6 +180,10 @@ class RelativeAttention(nn.Module):
         index = geometry.index(query_rows[:, None], torch.arange(columns, device=x.device)[None, :])[None]
         table_size = geometry.table_size(query_start + rows - 1)
         sight = Sight.of(index, geometry.visible(index), table_size)
+        return self.mix(x, context, sight, geometry.distances(table_size, x.device), biases)
+
+    def mix(self, x: Tensor, context: Tensor, sight: Sight, distances: Tensor, biases: Biases) -> Tensor:
+        """x (B, T, d) attends to context (B, S, d) as `sight` says; `distances` (D,) are those of the table."""
         keys = Keys(self.heads(self.key(context)), self.heads(self.value(context)), sight)
-        table = self.table(self.encode(geometry.distances(table_size, x.device)))
+        table = self.table(self.encode(distances))
         return self.merge(attend(self.heads(self.query(x)), [keys], table, biases))
