@@ -2,13 +2,14 @@
 # make test    every test (make quick: without the slow ones)
 # make lint    ruff and mypy
 # make bench   the performance targets, short form, and latency of both example models; see docs/performance.md
+# make cpp     the C++ runtime: what it is built with, three builds (two with sanitizers), its tests, lint
 # make clean   remove what these targets made
 # Each target first sets up .venv, which takes some minutes the first time.
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick lint format bench clean
+.PHONY: help demo test quick lint format bench cpp clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -44,6 +45,19 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/run.py --examples
+
+# Debian packages, unpacked into build/cpp; give CPP_DEPENDENCIES= where CMake finds what it needs by itself.
+CPP_DEPENDENCIES ?= clang
+CPP := build/cpp
+cpp: $(READY)
+	$(if $(CPP_DEPENDENCIES),bash cpp/dependencies.sh $(CPP)/dependencies && \
+	    bash cpp/dependencies.sh $(CPP)/dependencies $(CPP_DEPENDENCIES))
+	for preset in release address thread; do \
+	    (cd cpp && cmake --preset $$preset) && cmake --build $(CPP)/$$preset --parallel $(JOBS) && \
+	    (cd $(CPP)/$$preset && ctest --output-on-failure) || exit 1; \
+	done
+	$(BIN)/python -m pytest -q --slow -rs tests/test_cpp.py
+	$(if $(CPP_DEPENDENCIES),$(CPP)/dependencies/bin/clang-tidy -p $(CPP)/release --quiet cpp/src/*.cpp)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

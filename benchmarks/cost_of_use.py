@@ -6,7 +6,6 @@ python benchmarks/cost_of_use.py export|open|run ARGUMENTS      one measurement,
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,7 @@ import models
 import numpy as np
 from targets import TXL
 
-from mscompile import plain
+from mscompile import plain, worker
 from mscompile.runtime import open_bundle
 
 REPEATS = 5
@@ -82,8 +81,7 @@ def export(source: str, out: str) -> dict[str, Any]:
 
     begun = time.perf_counter()
     compile_checkpoint(source, ["ort"], out, Options(profile=models.PROFILE, validate=False))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": time.perf_counter() - begun, "peak_bytes": peak}
+    return {"seconds": time.perf_counter() - begun, "peak_bytes": worker.peak_resident_bytes()}
 
 
 def open_only(bundle: str) -> dict[str, Any]:

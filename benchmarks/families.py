@@ -59,7 +59,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dynamic-pooling": {"d_model": 256, "n_head": 4, "d_inner": 1024, "pre_layers": 2, "shortened_layers": 2,
                         "post_layers": 2, "context": CONTEXT},
     "xlnet": {"n_layer": 6, "d_model": 256, "n_head": 4, "d_head": 64, "d_inner": 1024, "mem_len": 128},
-    "hourglass-pytorch": {"dim": 256, "heads": 4, "max_seq_len": CONTEXT, "depth": [2, 4, 2], "shorten_factor": 2},
+    "hourglass-pytorch": {"d_model": 256, "n_head": 4, "d_head": 64, "pre_layers": [2], "middle_layers": 4,
+                          "post_layers": [2], "shorten_factors": [3], "context": 510},
 }  # fmt: skip
 
 console = Console(width=120)

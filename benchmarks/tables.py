@@ -118,7 +118,7 @@ def families(found: Results) -> str:
     measured = found.get("families", {}).get("families", {})
     rows = [
         (
-            f"[{family.title}](docs/families.md#{anchor(family.title)})",
+            family.title,
             family.source,
             f"{row['weights']}, {row['parameters'] / 1e6:.1f} M",
             f"{row['max_logit_error']:.1e}",
@@ -129,11 +129,6 @@ def families(found: Results) -> str:
     ]
     columns = ("family", "source", "weights", "largest error of a logit", "decode to the original's")
     return table(columns, rows) if rows else MISSING
-
-
-def anchor(title: str) -> str:
-    """The anchor that a heading has on code hosts."""
-    return re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-")
 
 
 BLOCKS: dict[str, Callable[[Results], str]] = {

@@ -44,7 +44,7 @@ class OrtPlan:
         self.spec = spec
         self.provider = provider
         self.sessions = {
-            graph.name: _open(_source(graphs, built, graph.name), graphs, graph, provider, optimized)
+            graph.name: _open(source(graphs, built, graph.name), graphs, graph, provider, optimized)
             for graph in spec.graphs
         }
 
@@ -113,7 +113,7 @@ class OrtEngine:
         with ort_packed.PackedGraphs(out) as packed:
             for graph in spec.graphs:  # one at a time: a session holds a copy of its weights
                 with tempfile.TemporaryDirectory(dir=out) as scratch:
-                    _open(_source(graphs, out, graph.name), graphs, graph, provider, Path(scratch))
+                    _open(source(graphs, out, graph.name), graphs, graph, provider, Path(scratch))
                     optimized = Path(scratch, f"{graph.name}.onnx")
                     numerics[graph.name] = ort_numerics.inspected(optimized)
                     if provider == CPU:
@@ -129,8 +129,8 @@ class OrtEngine:
         if not (built / CONFIG).is_file():
             raise BundleError(f"{built / CONFIG} is missing: this bundle was not exported with --target ort")
         provider = _provider()
-        if provider == CPU and _facts(built / CONFIG).get("packed_for") == ort_packed.environment():
-            return OrtPlan(spec, built / ort_packed.FOLDER, provider)
+        if provider == CPU and (optimised := packed(built)) is not None:
+            return OrtPlan(spec, optimised, provider)
         return OrtPlan(spec, graphs, provider, built)
 
 
@@ -155,10 +155,37 @@ def _facts(path: Path) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
-def _source(graphs: Path, built: Path | None, name: str) -> Path:
+def source(graphs: Path, built: Path | None, name: str) -> Path:
     """The graph to run: the engine's own form of it where there is one."""
     own = None if built is None else built / f"{name}.onnx"
     return own if own is not None and own.is_file() else graphs / f"{name}.onnx"
+
+
+def packed(built: Path) -> Path | None:
+    """The folder of the graphs as this release optimised them for this kind of processor; None where there is none."""
+    is_ours = (built / CONFIG).is_file() and _facts(built / CONFIG).get("packed_for") == ort_packed.environment()
+    return built / ort_packed.FOLDER if is_ours else None
+
+
+def unpacked(spec: StreamSpec, graphs: Path, built: Path) -> OrtPlan:
+    """The graphs of a bundle as another machine would run them, on the CPU."""
+    return OrtPlan(spec, graphs, CPU, built)
+
+
+def part(model: bytes, weights: Path, optimised: bool = True) -> Any:
+    """A session on the CPU over a part of a graph, whose external data lies in the folder `weights`."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", ACCURACY_LEVEL)
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
+    if not optimised:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        return onnxruntime.InferenceSession(model, options, providers=[CPU])
+    except Exception as error:
+        raise EngineError(f"ONNX Runtime cannot load a part of a graph: {_first_line(error)}") from error
 
 
 def _open(path: Path, graphs: Path, graph: GraphSpec, provider: str, optimized: Path | None) -> Any:

@@ -100,6 +100,8 @@ def build(model: OwnModule, profile: Profile) -> AdaptedProgram:
             graph.writes = trials.written(graph, declared)
         if isinstance(model.stepper, History):
             trials.check_causal(model.stepper)
+        elif adapter.full is not None:
+            trials.check_full(graphs, Schedule(ticks), declared, model)
         graphs[PREFILL] = AdaptedGraph(model, adapter.prefill or "")
         if not adapter.ticks:
             graphs[PREFILL].writes = graphs[DECODE].writes

@@ -12,7 +12,7 @@ from torch import Tensor
 from exporters.adapted_graph import AdaptedGraph
 from mscompile.contracts import Schedule, StateSpec
 from mscompile.errors import Refusal
-from mscompile.models.own import History, kept
+from mscompile.models.own import History, OwnModule, kept
 
 BATCH = 2
 TRIAL = 5  # tokens that are fed at once and one by one, to compare
@@ -81,6 +81,24 @@ def check_causal(history: History) -> None:
         )
 
 
+def check_full(
+    graphs: Mapping[str, AdaptedGraph], schedule: Schedule, states: Sequence[StateSpec], model: OwnModule
+) -> None:
+    """The module's own forward over whole streams is what its single calls compute."""
+    length = min(2 * schedule.period + TRIAL, model.adapter.context or 2**31)
+    tokens = torch.arange(BATCH * length).reshape(BATCH, length) % 2
+    stepped, whole = _stepped(graphs, schedule, states, _initial(states), 0, tokens), model.full(tokens)
+    if stepped.shape != whole.shape:
+        raise Refusal(f"full returned logits {tuple(whole.shape)} for tokens {tuple(tokens.shape)}")
+    errors = (stepped - whole).abs().amax(dim=(0, 2)) / whole.abs().max()
+    if not errors.max() <= TOLERANCE:
+        first = int((~(errors <= TOLERANCE)).nonzero()[0])
+        raise Refusal(
+            f"called token by token, the module differs from full by {float(errors[first]):.2g} of the largest logit at "
+            f"token {first}: correct the module, its initial states, its ticks or full"
+        )
+
+
 def unlike_single_calls(
     graphs: Mapping[str, AdaptedGraph], prefill: AdaptedGraph, schedule: Schedule, states: Sequence[StateSpec]
 ) -> str:
@@ -91,7 +109,11 @@ def unlike_single_calls(
     length = min([TRIAL, *rings, schedule.max_chunk]) if multiple == 1 else multiple
     filled = min(rings) - length if rings else longest
     starts = [(0, _initial(states)), (filled - filled % multiple, _random(states))]
-    if _call(prefill, torch.zeros(BATCH, length, dtype=torch.int64), 0, _initial(states))[0].shape[1] != length:
+    try:
+        logits = _call(prefill, torch.zeros(BATCH, length, dtype=torch.int64), 0, _initial(states))[0]
+    except Refusal as error:
+        return str(error)
+    if logits.shape[1] != length:
         return f"a call of {length} tokens does not return logits for each of them"
     worst = max(_difference(graphs, prefill, schedule, states, start, at, length) for at, start in starts)
     if worst <= TOLERANCE:
@@ -111,8 +133,20 @@ def _difference(
     """Between one call and calls of one token, in units of the largest logit; infinite where one is no number."""
     tokens = torch.arange(BATCH * length).reshape(BATCH, length) % 2
     together = _call(prefill, tokens, position, current)[0]
+    return _relative(together, _stepped(graphs, schedule, states, current, position, tokens))
+
+
+def _stepped(
+    graphs: Mapping[str, AdaptedGraph],
+    schedule: Schedule,
+    states: Sequence[StateSpec],
+    current: list[Tensor],
+    position: int,
+    tokens: Tensor,
+) -> Tensor:
+    """Logits (B, T, V) of tokens (B, T), one call of one token after the other."""
     apart = []
-    for step in range(length):
+    for step in range(tokens.shape[1]):
         tick = schedule.tick(position + step)
         for name in (*tick.graphs, *tick.closing):
             results = _call(graphs[name], tokens[:, step : step + 1], position + step, current)
@@ -123,7 +157,7 @@ def _difference(
                 kept(state, old, new[state.name], position + step) if state.name in new else old
                 for state, old in zip(states, current, strict=True)
             ]
-    return _relative(together, torch.cat(apart, dim=1))
+    return torch.cat(apart, dim=1)
 
 
 def _relative(one: Tensor, other: Tensor) -> float:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -344,8 +343,8 @@ def _steps(bundle: str, engine: str, reference: str, workspace: str) -> worker.H
         key = question["workload"], question["batch"]
         if key not in meters:
             meters[key] = Meter(new_session, parse(key[0]), spec.vocab_size, spec.max_context, key[1])
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return {"samples": meters[key].sample(question["samples"]), "peak_bytes": peak}
+        samples = meters[key].sample(question["samples"])
+        return {"samples": samples, "peak_bytes": worker.peak_resident_bytes()}
 
     return answer
 

@@ -130,7 +130,7 @@ def validate(
         Path | None, typer.Option("--baseline", help="The last release's bundle: its logits and its latency.")
     ] = None,
     max_slowdown: Annotated[
-        float, typer.Option("--max-slowdown", help="Fail where a step takes surely more times as long as this.")
+        float, typer.Option("--max-slowdown", help="Fail where steps surely take more than this times the baseline's.")
     ] = 1.10,
     rounds: Annotated[int, typer.Option("--rounds", help="Interleaved rounds of --baseline.")] = 10,
     junit: Annotated[Path | None, typer.Option("--junit", help="Also write JUnit XML to this file.")] = None,
@@ -152,7 +152,7 @@ def validate(
         found = gate.validate(opened, engine or [], original, thresholds, release, progress)
     _write_evidence(found, junit, markdown, html)
     if as_json:
-        _print_json(codec.encode(found))
+        _print_json({"passed": found.passed, "failures": found.failures, **codec.encode(found)})
     else:
         from validation import render
 
@@ -161,6 +161,37 @@ def validate(
         for line in render.evidence_lines(found):
             typer.echo(line)
     found.raise_if_failed()
+
+
+@app.command()
+def bisect(
+    bundle: BundlePath,
+    reference: Annotated[Path, typer.Option("--reference", help="The original checkpoint to compare with.")],
+    engine: OneEngine = None,
+    family: FamilyName = "auto",
+    adapter: AdapterName = None,
+    tokens: Tokens = None,
+    steps: Annotated[int, typer.Option("--steps", help="Tokens a row in the long rollouts.")] = 256,
+    as_json: AsJson = False,
+) -> None:
+    """Find the first step, tensor and layer at which an engine leaves the original, and say what may be the cause."""
+    from mscompile import bisect as search
+    from mscompile import codec
+    from mscompile.errors import GateFailed
+    from mscompile.runtime import open_bundle
+
+    with _progress() as progress:
+        found = search.bisect(open_bundle(bundle), engine, reference, family, tokens, steps, progress, adapter)
+    if as_json:
+        _print_json(codec.encode(found))
+    else:
+        from validation import render
+
+        for title, rows in found.tables().items():
+            _print(render.fields_table(title, rows))
+    if found.step is not None:
+        raise GateFailed(found.verdict)
+    typer.echo(found.verdict, err=as_json)
 
 
 @app.command()
@@ -243,6 +274,24 @@ def generate(
     for token in stream:
         typer.echo(tokenizer.decode([token]), nl=False)
     typer.echo()
+
+
+@app.command()
+def package(
+    bundle: BundlePath,
+    form: Annotated[str, typer.Option("--format", help="cpp: a CMake project that generates text.")],
+    out: Annotated[Path, typer.Option("--out", help="The directory to write.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing project.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a project for another host around a bundle, ready to build."""
+    from mscompile import package as projects
+
+    written = projects.package(bundle, form, out, force)
+    if as_json:
+        _print_json({"project": str(written), "format": form})
+        return
+    typer.echo(f"{written}: {projects.FORMATS[form].title}; see {written / 'README.md'}")
 
 
 @app.command()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mscompile import codec
+from mscompile.bundle import MANIFEST
 from mscompile.contracts import Hit, Profile, StreamSpec
 from mscompile.errors import CheckpointError, UsageError
 from mscompile.runtime import open_bundle
@@ -17,6 +18,8 @@ from mscompile.runtime import open_bundle
 def inspect(path: Path, context: int | None = None, adapter: str | None = None) -> dict[str, Any]:
     """Facts about `path`, with "kind": "bundle", "checkpoint" or "graph". Raises for anything else."""
     if adapter is not None:
+        if (path / MANIFEST).is_file():
+            raise UsageError(f"{path} is a bundle, which needs no --adapter")
         return inspect_checkpoint(path, context, adapter)
     if path.is_dir() and not (path / "config.json").is_file():
         return inspect_bundle(path)

@@ -88,7 +88,7 @@ def compile_checkpoint(
         track("making the streaming form")
         stream = streaming.build(trained.model, options.profile, options.context)
         track.expect(2 * len(stream.graphs) + (2 if options.validate else 1) * len(chosen) + 2)
-        models = _traced(stream, track)
+        models = traced(stream, track)
         text = read_text(options.text, trained.vocab)
         passed = _lowered(models, table.run(models, stream.spec, MEMORIES[options.memory]), text, options)
         graphs = _made(directory / bundle.GRAPHS)
@@ -98,7 +98,7 @@ def compile_checkpoint(
             check.check_file(graphs / f"{name}.onnx")
         track("recording golden rollouts")
         _golden(stream, passed.spec, graphs, trained, text).save(directory / bundle.GOLDEN)
-        if tokenizer := _tokenizer(trained.vocab):
+        if tokenizer := tokenizer_of(trained.vocab):
             tokenizer.save(directory / bundle.TOKENIZER)
         manifest = _manifest(path, trained, stream, models, passed, options)
         del trained, stream  # engines need their memory
@@ -150,7 +150,7 @@ def _engines(targets: Sequence[str], options: Options) -> tuple[Engine, ...]:
     return chosen
 
 
-def _traced(stream: program.Streaming, track: _Track) -> dict[str, ir.Model]:
+def traced(stream: program.Streaming, track: Callable[[str], None]) -> dict[str, ir.Model]:
     """Every graph, held against its GraphSpec."""
     with adapter.advising() if isinstance(stream, adapter.AdaptedProgram) else nullcontext():
         models = export.export_graphs(stream, lambda name: track(f"tracing {name}"))
@@ -271,12 +271,14 @@ def _verify_in_fresh_process(directory: Path, engine: str, reference: Path, opti
         raise MsCompileError(f"the process that verifies {engine} ended with code {code}: {said}") from error
     if report["failures"]:
         raise GateFailed(f"{engine} is not the original model: {report['failures'][0]}; no bundle was written")
+    for tensor in report["tensors"]:
+        tensor["error_by_step"] = []  # curves are for pages; a manifest keeps figures
     return report
 
 
 def read_text(path: Path | None, vocab: tuple[str, ...]) -> Array | None:
     """Token ids of a text file, for rollouts on real text."""
-    tokenizer = _tokenizer(vocab)
+    tokenizer = tokenizer_of(vocab)
     if path is None:
         return None
     if tokenizer is None:
@@ -287,7 +289,7 @@ def read_text(path: Path | None, vocab: tuple[str, ...]) -> Array | None:
         raise UsageError(f"cannot read the text {path}: {error}") from error
 
 
-def _tokenizer(vocab: tuple[str, ...]) -> Tokenizer | None:
+def tokenizer_of(vocab: tuple[str, ...]) -> Tokenizer | None:
     return Tokenizer("char", vocab) if vocab and all(len(token) == 1 for token in vocab) else None
 
 

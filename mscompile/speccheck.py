@@ -6,7 +6,19 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from math import prod
 
-from mscompile.contracts import BATCH, CHUNK, CONTEXT, GraphSpec, Schedule, StateSpec, StreamSpec, TensorSpec
+from mscompile.contracts import (
+    BATCH,
+    CHUNK,
+    CONTEXT,
+    LOGITS,
+    POSITION,
+    TOKENS,
+    GraphSpec,
+    Schedule,
+    StateSpec,
+    StreamSpec,
+    TensorSpec,
+)
 
 DTYPES = ("bool", *("int8", "int16", "int32", "int64", "uint8"), *("float16", "float32", "float64"))
 
@@ -33,6 +45,7 @@ def _faults(spec: StreamSpec) -> Iterator[str]:
         yield from _state_faults(state)
     for graph in spec.graphs:
         yield from _graph_faults(graph, spec.states)
+        yield from _token_faults(graph, spec.vocab_size)
     yield from _input_faults(spec)
     yield from _schedule_faults(spec.schedule, graphs)
 
@@ -66,8 +79,39 @@ def _graph_faults(graph: GraphSpec, states: tuple[StateSpec, ...]) -> Iterator[s
     yield from _missing(where, "output", outputs, (known[name].output_name for name in graph.writes if name in known))
     for tensor in (*graph.inputs, *graph.outputs):
         yield from _tensor_faults(f"{where}, tensor {tensor.name!r},", tensor)
+    for tensors, names, what in ((graph.inputs, graph.reads, "in"), (graph.outputs, graph.writes, "out")):
+        held = {f"{name}.{what}": known[name] for name in names if name in known}
+        yield from (
+            f"{where}, tensor {tensor.name!r}, is {tensor.dtype} {tensor.shape}, which its state is not"
+            for tensor in tensors
+            if tensor.name in held and not _fits(tensor, held[tensor.name], what)
+        )
     if graph.tokens not in (0, 1, CHUNK):
         yield f"{where} consumes {graph.tokens!r} tokens, not 0, 1 or {CHUNK!r}"
+
+
+def _token_faults(graph: GraphSpec, vocab_size: int) -> Iterator[str]:
+    """Tokens, positions and logits have the shapes that a host gives and takes."""
+    wanted = {
+        TOKENS: (graph.inputs, (BATCH, graph.tokens)),
+        POSITION: (graph.inputs, (BATCH,)),
+        LOGITS: (graph.outputs, (BATCH, graph.tokens, vocab_size)),
+    }
+    for name, (tensors, shape) in wanted.items():
+        for tensor in tensors:
+            if tensor.name == name and tensor.shape != shape:
+                yield f"graph {graph.name!r} has {name} of shape {tensor.shape}, not {shape}"
+
+
+def _fits(tensor: TensorSpec, state: StateSpec, what: str) -> bool:
+    """Has an input or output what a host keeps of the state: all of it, its leading rows, or new rows?"""
+    axis = state.time_axis if state.update == "append" else None
+    if axis is None or axis >= len(tensor.shape):
+        return (tensor.dtype, tensor.shape) == (state.dtype, state.shape)
+    rows = tensor.shape[axis]
+    if what == "in" and rows != state.shape[axis] and not str(rows).startswith(CONTEXT):
+        return False
+    return tensor == (state.as_input(rows) if what == "in" else state.as_output(rows))
 
 
 def _input_faults(spec: StreamSpec) -> Iterator[str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from mscompile.errors import EngineError, EngineUnavailable, MsCompileError, UsageError
@@ -74,3 +76,15 @@ def serve(start: Callable[[], Handler]) -> None:
     except Exception as error:  # noqa: BLE001 (a runtime's or a peer's own fault is an answer, too)
         reason = (str(error).strip() or "no reason given").splitlines()[0]
         reply({"error": f"{type(error).__name__}: {reason}", "kind": EngineError.__name__})
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process has had resident.
+
+    On Linux from its own account: the maximum of getrusage starts with that of the process which started this one.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        fields = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines())
+        return int(fields["VmHWM"].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -224,3 +225,10 @@ def test_a_long_run_stays_with_the_original(compiled: Path, trained: Path) -> No
     assert result["final_error"] < 1e-4
     assert 0.1 < result["latency_ratio"] < 10
     assert np.isfinite(result["memory_growth_percent"])
+
+
+def test_the_peak_of_a_process_is_its_own() -> None:
+    script = "from mscompile import worker; print(worker.peak_resident_bytes())"
+    heavy = f"import subprocess, sys; held = bytearray(400_000_000); subprocess.run([sys.executable, '-c', {script!r}])"
+    done = subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, check=True)
+    assert 5_000_000 < int(done.stdout) < 200_000_000

@@ -2,7 +2,7 @@
 
 Every ```bash and ```python block of a document is run, in order, in one temporary copy of the example files; the
 commands of a bash block stop at the first that fails. Blocks with any other tag (console, text, json ...) are for
-reading only. `mscompile` runs as `python -m mscompile.cli`.
+reading only. `mscompile` runs as `python -m mscompile.cli`, and `pytest` with its plugin.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]\n]*\]\(([^)\s]+)\)|src=\"([^\"]+)\"")
 RUN = ("bash", "python")
-PRELUDE = 'set -euo pipefail\nmscompile() { "$PYTHON" -m mscompile.cli "$@"; }\n'
+PRELUDE = """set -euo pipefail
+mscompile() { "$PYTHON" -m mscompile.cli "$@"; }
+pytest() { "$PYTHON" -m pytest -p mscompile.pytest_plugin "$@"; }
+"""
 BLOCK_SECONDS = 900
 
 

@@ -16,14 +16,30 @@ HEAVY = ("torch", "onnx", "onnxscript", "onnx_ir", "onnxruntime", "openvino", "m
 LEAVES = ("mscompile.contracts", "mscompile.errors")
 SIBLINGS = ("mscompile.models", "exporters", "engines", "validation")
 TOP = ("mscompile.pipeline", "mscompile.runtime")
-COMMANDS = tuple(f"mscompile.{name}" for name in ("cli", "__main__", "bench", "inspection", "verification"))
+COMMANDS = tuple(
+    f"mscompile.{name}"
+    for name in (
+        "cli",
+        "__main__",
+        "baseline",
+        "bench",
+        "bisect",
+        "gate",
+        "inspection",
+        "locate",
+        "pytest_plugin",
+        "verification",
+    )
+)
 
 # What may be heavy at module level. A file of validation may be, too, if its docstring says "Needs torch".
 HEAVY_AT_THE_DOOR = (
     "mscompile.models",
     "mscompile.conversion",
     "mscompile.adapters",
+    "mscompile.bisect",
     "mscompile.checkpoint",
+    "mscompile.locate",
     "mscompile.pipeline",
     "mscompile.verification",
     "exporters",
@@ -31,7 +47,10 @@ HEAVY_AT_THE_DOOR = (
 )
 
 # What opens and runs bundles where only numpy and one engine are installed: nothing heavy, not even by way of others.
-LIGHT = ("mscompile", "mscompile.cli", "mscompile.runtime", "mscompile.bundle", "mscompile.bench", "engines")
+LIGHT = (
+    "engines",
+    *("mscompile", *(f"mscompile.{name}" for name in ("bench", "bundle", "cli", "gate", "pytest_plugin", "runtime"))),
+)
 
 # Siblings that know each other: rules match the modules of models, and the eager engine runs them.
 ACQUAINTED = (("exporters", "mscompile.models"), ("engines.torch_eager", "mscompile.models"))

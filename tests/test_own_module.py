@@ -140,6 +140,12 @@ def test_inspect_says_what_it_is_before_anything_is_built(tmp_path: Path) -> Non
         assert fact in done.output
 
 
+def test_inspect_of_a_bundle_needs_no_adapter(compiled: Path) -> None:
+    done = CliRunner().invoke(cli.app, ["inspect", str(compiled), "--adapter", str(EXAMPLES / "gru_adapter.py")])
+    assert isinstance(done.exception, UsageError)
+    assert "is a bundle, which needs no --adapter" in str(done.exception)
+
+
 # The documentation
 
 
@@ -209,6 +215,15 @@ class Bag(nn.Module):
         return (x.cumsum(1) if self.causal else x.sum(1, keepdim=True).expand_as(x)) @ self.embedding.weight.T
 
 
+class Cell(nn.Module):
+    """One token a call, and it says so."""
+
+    def forward(self, tokens: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+        assert tokens.shape[1] == 1
+        row = 0.5 * row + tokens
+        return row[:, None] + torch.arange(4.0), row
+
+
 class TwoSpeeds(nn.Module):
     def both(self, tokens: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
         return row[:, None] + tokens[:, :, None], row + 1
@@ -223,6 +238,10 @@ def refusals() -> Iterator[tuple[Callable[[], Adapter], str]]:
     yield lambda: Adapter(Bag(causal=False)), "its logits change by"
     yield lambda: Adapter(Bag(causal=True), buffers=["sum"]), "the module has no buffer sum; it has count"
     yield lambda: Adapter(Bag(causal=True), buffers=["count"]), "buffer count is one number; a state has a batch axis"
+    yield lambda: Adapter(Cell(), row, full=over), "called token by token, the module differs from full by"
+    yield lambda: Adapter(Cell(), row, full=lambda tokens: over(tokens)[:, 1:]), "full returned logits (2, 6, 4)"
+    yield lambda: Adapter(Cell(), [state("row", 4, update="append")]), "is appended to and needs time_axis="
+    yield lambda: Adapter(Cell(), row, position=True), "forward(tokens, position, *states) must take"
     yield lambda: Adapter(TwoSpeeds(), row, ["row"]), "declares its memory as states or as buffers, not both"
     yield lambda: Adapter(TwoSpeeds(), row, ticks=[Tick(("both",))]), "an adapter with ticks needs full="
     yield lambda: Adapter(TwoSpeeds(), ticks=[Tick(("both",))], full=over), "an adapter with ticks needs states"
@@ -230,6 +249,13 @@ def refusals() -> Iterator[tuple[Callable[[], Adapter], str]]:
         lambda: Adapter(TwoSpeeds(), row, ticks=[Tick(("slow",))], full=over),
         "a tick names 'slow', which is no method",
     )
+
+
+def test_a_module_that_takes_one_token_has_no_prefill_and_says_why() -> None:
+    stream = exported.build(OwnModule(Adapter(Cell(), [state("row", 4, dtype=torch.float32)])), Profile())
+    assert stream.spec.schedule.prefill is None
+    (hit,) = (hit for hit in stream.hits if hit.place == "prefill")
+    assert "forward failed for tokens (2, 5) and states (2, 4): AssertionError" in hit.reason
 
 
 @pytest.mark.parametrize(("declare", "sentence"), list(refusals()), ids=[text for _, text in refusals()])

@@ -44,6 +44,7 @@ class Tolerance:
         return {name: limit for name, limit in asdict(self).items() if limit != inf}
 
 
+CURVE_POINTS = 64
 PERPLEXITY_TOKENS = 2048  # with fewer, the noise of the loss is as large as the limits
 
 TOLERANCES: Mapping[str, Tolerance] = {
@@ -83,6 +84,7 @@ class TensorParity:
     reference_bits: float | None = None  # bits per token on real text
     engine_bits: float | None = None
     relative: float | None = None  # norm of the error over the norm of the reference
+    error_by_step: tuple[tuple[int, float], ...] = ()  # (step, largest error), at most CURVE_POINTS; not in manifests
 
 
 @dataclass(frozen=True)
@@ -132,8 +134,10 @@ class _Comparison:
         self.sum_abs, self.count, self.tokens = 0.0, 0, 0
         self.dot, self.wanted_square, self.found_square, self.error_square = 0.0, 0.0, 0.0, 0.0
         self.not_finite = ""
+        self.curve: list[tuple[int, float]] = []  # (step, largest error)
 
-    def add(self, found: Array, wanted: Array, tokens: int, place: Callable[[tuple[int, ...]], str]) -> None:
+    def add(self, found: Array, wanted: Array, tokens: int, place: Callable[[tuple[int, ...]], str]) -> Array:
+        """Take values in; returns their errors, infinite where a value is not finite."""
         error = np.abs(found.astype(np.float64) - wanted)
         if not np.isfinite(found).all():
             index = tuple(int(i) for i in np.argwhere(~np.isfinite(found))[0])
@@ -151,6 +155,7 @@ class _Comparison:
         self.dot += float(np.vdot(found.astype(np.float64), wanted))
         self.found_square += float(np.vdot(found.astype(np.float64), found))
         self.wanted_square += float(np.vdot(wanted.astype(np.float64), wanted))
+        return error
 
     def summary(self, rollout: str, tensor: str, **extra: Any) -> TensorParity:
         norms = np.sqrt(self.found_square * self.wanted_square)
@@ -167,8 +172,15 @@ class _Comparison:
             relative=float(np.sqrt(self.error_square / self.wanted_square))
             if self.wanted_square
             else (inf if self.error_square else 0.0),
+            error_by_step=thinned(self.curve),
             **extra,
         )
+
+
+def thinned(curve: Sequence[tuple[int, float]], points: int = CURVE_POINTS) -> tuple[tuple[int, float], ...]:
+    """At most `points` of a curve: the highest of each run of neighbours."""
+    size = -(-len(curve) // points)
+    return tuple(max(curve[i : i + size], key=lambda point: point[1]) for i in range(0, len(curve), size or 1))
 
 
 class _LogitStatistics:
@@ -307,13 +319,14 @@ def _run(
         found = engine.step(rollout.tokens[:, part])
         if program is not None:
             program.step(rollout.tokens[:, part])
-        logits.add(found, expected[:, part], batch * chunk, _logit_place(spec, before, chunk))
+        error = logits.add(found, expected[:, part], batch * chunk, _logit_place(spec, before, chunk))
+        logits.curve += zip(range(done, done + chunk), error.max(axis=(0, 2)).tolist(), strict=True)
         statistics.add(found, expected[:, part], rollout.tokens[:, done + 1 : done + chunk + 1])
         done += chunk
         progress(batch * chunk)
         if done == length or (rollout.every_state and program is not None):
             wanted = program.state().states if program is not None else final_states or {}
-            fault = _add_states(engine, spec, wanted, named, batch * chunk, f"after chunk {number}, token {done}")
+            fault = _add_states(engine, spec, wanted, named, batch * chunk, number, done)
             if fault:
                 return [], [f"{rollout.name}: {fault}"], statistics
     tensors = [logits.summary(rollout.name, "logits", **statistics.extra(rollout.is_text))]
@@ -332,9 +345,11 @@ def _add_states(
     wanted: Mapping[str, Array],
     named: dict[str, _Comparison],
     tokens: int,
-    when: str,
+    chunk: int,
+    done: int,
 ) -> str | None:
-    found = engine.state().states
+    """Compare the states after `chunk`, `done` tokens into the rollout; what is wrong with their names or shapes."""
+    found, when = engine.state().states, f"after chunk {chunk}, token {done}"
     if found.keys() != wanted.keys():
         missing, extra = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
         return f"states differ: missing {missing}, extra {extra}"
@@ -342,7 +357,8 @@ def _add_states(
         value = written_rows(spec.state(name), found[name], wanted[name])
         if value.shape != wanted[name].shape:
             return f"{name} has shape {value.shape}, wanted {wanted[name].shape}"
-        comparison.add(value, wanted[name], tokens, lambda index: f"{when}, element {list(index)}")
+        error = comparison.add(value, wanted[name], tokens, lambda index: f"{when}, element {list(index)}")
+        comparison.curve.append((done - 1, float(error.max(initial=0.0))))
     return None
 
 
@@ -374,25 +390,31 @@ def graph_of(spec: StreamSpec, position: int, count: int, offset: int) -> str:
         done += call.tokens
 
 
-def faults(tensor: TensorParity, tolerance: Tolerance) -> list[str]:
-    """What breaks the gate, each with its figures."""
-    is_logits = tensor.tensor == "logits"
-    ceiling = tolerance.logit_max_abs if is_logits else tolerance.state_max_abs
-    limits: list[tuple[str, float | None, float]] = [("max abs error", tensor.max_abs, ceiling)]
-    if is_logits:
-        limits += [
+def measures(tensor: TensorParity, tolerance: Tolerance) -> list[tuple[str, float, float]]:
+    """What of a tensor is limited: each measure, its value and its limit."""
+    if tensor.tensor != "logits":
+        found: list[tuple[str, float | None, float]] = [
+            ("max abs error", tensor.max_abs, tolerance.state_max_abs),
+            ("relative error", tensor.relative, tolerance.state_relative),
+        ]
+    else:
+        found = [
+            ("max abs error", tensor.max_abs, tolerance.logit_max_abs),
             ("share of outliers", tensor.outlier_share, tolerance.logit_outlier_share),
             ("mean KL divergence", tensor.kl, tolerance.max_kl),
             ("norm ratio error", abs(tensor.norm_ratio - 1), tolerance.max_norm_ratio_error),
             ("argmax disagreement", 1 - (tensor.argmax_agreement or 0.0), 1 - tolerance.min_argmax_agreement),
         ]
-    else:
-        limits += [("relative error", tensor.relative, tolerance.state_relative)]
+    return [(what, value, limit) for what, value, limit in found if value is not None]
+
+
+def faults(tensor: TensorParity, tolerance: Tolerance) -> list[str]:
+    """What breaks the gate, each with its figures."""
     where = f"largest error {tensor.max_abs:.3g} at {tensor.worst}"
     return [
         f"{tensor.rollout}: {tensor.tensor}: {what} {value:.3g} exceeds {limit:.3g}; {where}"
-        for what, value, limit in limits
-        if value is not None and not value <= limit
+        for what, value, limit in measures(tensor, tolerance)
+        if not value <= limit
     ]
 
 
@@ -400,10 +422,11 @@ def perplexity_faults(lost: Perplexity | None, tolerance: Tolerance) -> list[str
     """The sentence that breaks the gate, where the loss on text is above its limit."""
     if lost is None or lost.loss <= tolerance.max_perplexity_loss:
         return []
-    return [
+    sentence = (
         f"perplexity on text is {lost.loss:.2%} (+- {lost.standard_error:.2%}) above the original's, over "
         f"{lost.tokens} tokens; {tolerance.max_perplexity_loss:.2%} is allowed"
-    ]
+    )
+    return [sentence]
 
 
 def _snapshot_faults(new_session: NewSession, rollout: Rollout) -> list[str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
+from validation.evidence import Validation
 from validation.latency import Latency, Ratio, ScheduleGain
 from validation.parity import ParityReport, TensorParity
 
@@ -26,6 +27,25 @@ def parity_table(report: ParityReport) -> Table:
         table.add_row(name, *_rollout_cells([tensor for tensor in report.tensors if tensor.rollout == name]))
     table.caption, table.caption_justify = _perplexity_line(report), "left"
     return table
+
+
+def evidence_lines(found: Validation) -> list[str]:
+    """What stands beside the parity tables of a validation: engines left out, looser limits, the older bundle."""
+    lines = [f"{engine}: not run here: {reason}" for engine, reason in found.skipped.items()]
+    lines += list(found.limits.overrides)
+    if (older := found.baseline) is not None:
+        lines += [f"since {older.bundle}: {change}" for change in older.changes]
+        for one in older.logits:
+            limit = "not gated, another checkpoint" if one.limit is None else f"limit {one.limit:.3g}"
+            lines.append(
+                f"{one.engine} {one.rollout}: logits differ from {older.bundle} by {one.max_abs:.1e} ({limit})"
+            )
+        for slow in older.latencies:
+            times = f"{slow.ms:.3f} ms, {older.bundle} {slow.baseline_ms:.3f} ms"
+            ratio = f"{_spread(slow.ratio)}, surely {slow.surely:.2f}x, limit {slow.limit:.2f}x"
+            lines.append(f"{slow.engine} {slow.workload}: {times}: {ratio}")
+        lines += [f"{what}: not compared: {reason}" for what, reason in older.skipped.items()]
+    return lines
 
 
 def _perplexity_line(report: ParityReport) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import onnx_ir as ir
@@ -32,6 +32,16 @@ def fault(graphs: Graphs, numerics: Mapping[str, Mapping[str, Any]]) -> str | No
             nodes = ", ".join(numerics[name]["float32"][:4]) or "none"
             return f"graph {name} asks for {asked} products and the runtime has {ran}; in FP32 run {nodes}"
     return None
+
+
+LOW = ("float16", "bfloat16", "int8", "int4", "int8-dynamic")
+CALLED = {"fp16": "float16", "bf16": "bfloat16"}  # others are called as their products are
+
+
+def is_of(precision: str, kinds: Collection[str]) -> bool:
+    """Are these the types of the products of graphs in this precision? Some may be left in FP32."""
+    low = {kind for kind in kinds if kind in LOW}
+    return low == (set() if precision == "fp32" else {CALLED.get(precision, precision)})
 
 
 def _kind(node: ir.Node) -> str | None:

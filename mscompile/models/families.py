@@ -35,10 +35,15 @@ from mscompile.models.family import Family
 
 FAMILIES: tuple[Family, ...] = (
     transformer_xl.FAMILY,
-    xlnet.FAMILY,
     skip_cross_head.FAMILY,
     segatron.FAMILY,
-    hm_lstm.FAMILY,
+    xlnet.FAMILY,
+    compressive.FAMILY,
+    feedback.FAMILY,
+    memory_transformer.FAMILY,
+    recurrent_memory.FAMILY,
+    recurrent_memory_wrapper.FAMILY,
+    recurrent_memory_pytorch.FAMILY,
     hourglass.FAMILY,
     hourglass_pytorch.FAMILY,
     multiscale_top_down.FAMILY,
@@ -48,16 +53,11 @@ FAMILIES: tuple[Family, ...] = (
     long_short.FAMILY,
     megabyte.FAMILY,
     megabyte_pytorch.FAMILY,
-    compressive.FAMILY,
-    feedback.FAMILY,
-    memory_transformer.FAMILY,
-    recurrent_memory_wrapper.FAMILY,
-    retro.FAMILY,
-    product_key_memory.FAMILY,
-    recurrent_memory.FAMILY,
-    chapters.FAMILY,
     dynamic_pooling.FAMILY,
-    recurrent_memory_pytorch.FAMILY,
+    hm_lstm.FAMILY,
+    product_key_memory.FAMILY,
+    chapters.FAMILY,
+    retro.FAMILY,
 )
 
 

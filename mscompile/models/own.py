@@ -23,16 +23,19 @@ CONTEXT = 512  # tokens, for modules that remember nothing and so are given the 
 def state(
     name: str,
     *shape: int,
-    dtype: str = "float32",
+    dtype: str | torch.dtype = "float32",
     initial: float | tuple[float, ...] = 0.0,
     update: Literal["replace", "append"] = "replace",
     time_axis: int | None = None,
 ) -> StateSpec:
     """A remembered tensor (batch, *shape). `StateSpec` itself allows batch on another axis.
 
-    An appended state holds `shape[time_axis - 1]` rows, of which a call returns the new ones only.
+    An appended state holds `shape[time_axis - 1]` rows, of which a call returns the new ones only. Raises Refusal
+    where an appended state names no time axis.
     """
-    return StateSpec(name, dtype, (BATCH, *shape), update, time_axis, initial=initial)
+    if update == "append" and time_axis is None:
+        raise Refusal(f"state {name} is appended to and needs time_axis=, the axis of its rows; batch is axis 0")
+    return StateSpec(name, str(dtype).removeprefix("torch."), (BATCH, *shape), update, time_axis, initial=initial)
 
 
 @dataclass(frozen=True)
@@ -174,9 +177,10 @@ class OwnModule(ReferenceModel):
         except Exception as error:
             given = ", ".join(str(tuple(value.shape)) for value in states) or "none"
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            takes = "tokens, position, *states" if self.adapter.position else "tokens, *states"
             raise Refusal(
                 f"{method} failed for tokens {tuple(tokens.shape)} and states {given}: {reason}; "
-                "forward(tokens, *states) must take what the adapter declares"
+                f"{method}({takes}) must take what the adapter declares"
             ) from error
 
     def full(self, tokens: Tensor) -> Tensor:

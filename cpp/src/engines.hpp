@@ -1,0 +1,31 @@
+// The engines of this library, in the order they are tried.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "mscompile/backend.hpp"
+#include "mscompile/spec.hpp"
+
+namespace mscompile {
+
+/// What an engine is loaded from.
+struct EngineSource {
+    std::string bundle;  ///< the directory, its files checked
+    const StreamSpec& spec;
+    int threads;          ///< 0: as many as the runtime likes
+    std::string library;  ///< empty: found by the engine
+};
+
+struct EngineRow {
+    std::string name;
+    std::shared_ptr<const Backend> (*load)(const EngineSource& source);
+};
+
+const std::vector<EngineRow>& engines();
+
+/// ONNX Runtime on the CPU. Throws Error (unavailable) where its library is missing or too old.
+std::shared_ptr<const Backend> load_onnxruntime(const EngineSource& source);
+
+}  // namespace mscompile

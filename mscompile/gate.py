@@ -1,0 +1,129 @@
+"""All that a bundle is held to, in one call: parity, the limits of a project, and the bundle of the last release."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from engines import registry
+from mscompile import bench
+from mscompile.baseline import compare
+from mscompile.runtime import Bundle, open_bundle
+from validation import thresholds
+from validation.evidence import Validation
+from validation.parity import ParityReport
+from validation.thresholds import Limits, Thresholds
+
+NOTHING = "nothing was compared: the bundle has no golden rollouts; compare with the original by --reference"
+
+
+@dataclass(frozen=True)
+class Original:
+    """The checkpoint that a bundle is compared with, and how long."""
+
+    checkpoint: Path
+    family: str = "auto"
+    adapter: str | None = None
+    text: Path | None = None
+    steps: int = 2048
+
+
+@dataclass(frozen=True)
+class Release:
+    """The bundle of the last release, and how much slower than it a bundle may be."""
+
+    bundle: Path
+    max_slowdown: float = 1.10
+    rounds: int = 10
+
+
+def validate(
+    opened: Bundle,
+    engines: Sequence[str] = (),
+    original: Original | None = None,
+    limits: Path | None = None,
+    release: Release | None = None,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> Validation:
+    """Hold a bundle to its golden rollouts, or to the original; to a file of limits; and to an older bundle.
+
+    `engines` are those to run, all that can where none is named. The file and the older bundle are read first, so that
+    a fault in them ends the run before it begins.
+    """
+    manifest = opened.manifest
+    own, allowed = read_limits(opened, limits)
+    older = open_bundle(release.bundle) if release else None
+    names, skipped = runnable(opened, engines)
+    reports = tuple(allowed.gate(rolled_out(opened, name, original, progress)) for name in names)
+    baseline = None
+    if release and older:
+        baseline = compare(opened, older, names, release.max_slowdown, release.rounds, progress)
+    return Validation(
+        bundle=manifest.name,
+        title=manifest.title,
+        precision=manifest.precision,
+        checkpoint_sha256=manifest.source["sha256"],
+        against=original.checkpoint.name if original else "its golden rollouts",
+        machine=bench.machine(),
+        reports=reports,
+        skipped=skipped,
+        limits=allowed,
+        thresholds=str(limits) if limits else None,
+        faults=tuple(pin_faults(opened, own)),
+        baseline=baseline,
+    )
+
+
+def read_limits(opened: Bundle, path: Path | None) -> tuple[Thresholds | None, Limits]:
+    """The file of limits and what it says about this bundle; the defaults where there is none."""
+    precision = opened.manifest.precision
+    if path is None:
+        return None, thresholds.defaults(precision)
+    own = thresholds.load(path)
+    return own, own.limits(precision, [state.name for state in opened.spec.states])
+
+
+def pin_faults(opened: Bundle, own: Thresholds | None) -> list[str]:
+    """A sentence where a bundle was made from another checkpoint than the file of limits names."""
+    made_from = opened.manifest.source["sha256"]
+    if own is None or own.checkpoint_sha256 in (None, made_from):
+        return []
+    sentence = (
+        f"{opened.path} was made from the checkpoint {made_from[:12]}..., and {own.path} pins "
+        f"{str(own.checkpoint_sha256)[:12]}...; restore that checkpoint, or review the new one and change the pin"
+    )
+    return [sentence]
+
+
+def runnable(opened: Bundle, engines: Sequence[str] = ()) -> tuple[list[str], dict[str, str]]:
+    """The bundle's engines to run, and those that cannot here, with the reason.
+
+    Raises EngineUnavailable where none can.
+    """
+    if engines:
+        return list(engines), {}
+    reasons = {name: registry.find(name).cannot_run() for name in opened.engines}
+    names = [name for name, reason in reasons.items() if reason is None]
+    if not names:
+        opened.plan()  # raises, with the reason
+    return names, {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def rolled_out(
+    opened: Bundle,
+    engine: str,
+    original: Original | None,
+    progress: Callable[[str, int, int], None] = lambda *_: None,
+) -> ParityReport:
+    """The parity of one engine, by the default limits; a comparison of nothing fails."""
+    if original is None:
+        report = opened.verify(engine)
+    else:
+        from mscompile.verification import verify_against
+
+        one = original
+        report = verify_against(opened, engine, one.checkpoint, one.family, one.text, one.steps, progress, one.adapter)
+    if not report.tensors and not report.failures:
+        return replace(report, failures=(NOTHING,))
+    return report

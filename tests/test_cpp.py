@@ -1,0 +1,485 @@
+"""The C++ runtime in cpp/: built as CMake builds it, it gives what the Python session gives, errors included.
+
+Needs CMake, a compiler and what cpp/dependencies.sh gets; `make cpp` provides it and builds first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import bundles
+import numpy as np
+import onnxruntime
+import pytest
+import tiny
+import torch
+
+from mscompile import checkpoint
+from mscompile.contracts import Array, HostInput
+from mscompile.errors import MsCompileError
+from mscompile.package import package
+from mscompile.runtime import Bundle, generate, open_bundle
+
+ROOT = Path(__file__).parents[1]
+BUILD = ROOT / "build" / "cpp"
+TOOLS = BUILD / "dependencies" / "bin"
+MODELS = ("transformer-xl", "hourglass")
+PROMPT = "And it came to pass"
+SANITIZERS = ("address", "thread")
+LIBRARY = next(Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so*"))
+ENVIRONMENT = {
+    **os.environ,
+    "MSCOMPILE_ONNXRUNTIME": str(LIBRARY),
+    "TSAN_OPTIONS": "ignore_noninstrumented_modules=1",  # ONNX Runtime's own threads are not instrumented
+}
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
+# ---- Building and running ----------------------------------------------------------------------------------
+
+
+def command(*words: object, stdin: str = "", **changes: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [str(word) for word in words], input=stdin.encode(), capture_output=True, timeout=900,
+        env={**ENVIRONMENT, **changes},
+    )  # fmt: skip
+
+
+def output(*words: object, stdin: str = "") -> bytes:
+    """What a program that has to succeed writes."""
+    ended = command(*words, stdin=stdin)
+    assert ended.returncode == 0, (ended.stdout + ended.stderr).decode(errors="replace")[-5000:]
+    return ended.stdout
+
+
+def sentence(ended: subprocess.CompletedProcess[bytes], code: int) -> str:
+    """The one sentence of a program that refused."""
+    lines = ended.stderr.decode().splitlines()
+    assert (ended.returncode, len(lines)) == (code, 1), ended.stderr.decode()[-5000:]
+    return lines[0].removeprefix("error: ")
+
+
+def configured(source: Path, build: Path, *options: object) -> Path:
+    output("cmake", "-S", source, "-B", build, *options)
+    output("cmake", "--build", build, "--parallel", "2")
+    return build
+
+
+@cache
+def built(preset: str) -> Path:
+    """The directory of a build that is up to date; skips where this machine cannot build."""
+    for tool in ("cmake", "c++"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"needs {tool}")
+    setup = subprocess.run(["cmake", "--preset", preset], cwd=ROOT / "cpp", capture_output=True, text=True)
+    if setup.returncode and "not found" in (reason := " ".join(setup.stderr.split())):
+        pytest.skip(f"run make cpp: {reason[:300]}")
+    assert setup.returncode == 0, setup.stderr
+    output("cmake", "--build", BUILD / preset, "--parallel", "2")
+    return BUILD / preset
+
+
+@pytest.fixture(scope="module")
+def programs() -> Path:
+    return built("release") / "tests"
+
+
+@pytest.fixture(scope="session", params=MODELS)
+def example(request: pytest.FixtureRequest, made_once: bundles.MadeOnce) -> Path:
+    """The bundle of each trained example."""
+    from mscompile.pipeline import Options, compile_checkpoint
+
+    name = str(request.param)
+    source, wanted = ROOT / "examples" / f"{name}.pt", Options(validate=False)
+    return made_once(f"example-{name}.msc", lambda path: compile_checkpoint(source, ["ort"], path, wanted))
+
+
+# ---- The same logits ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Both:
+    """A script for the C++ session, and what the Python session does of it."""
+
+    opened: Bundle
+    batch: int
+
+    def __post_init__(self) -> None:
+        sources = {given.name: source_of(given) for given in self.opened.spec.inputs}
+        self.session = self.opened.session("ort", self.batch, sources)
+        self.script: list[str] = []
+        self.logits: list[Array] = []
+
+    def step(self, tokens: Array) -> None:
+        self.script.append(line("step", tokens.shape[1], *tokens.ravel()))
+        self.logits.append(self.session.step(tokens).ravel())
+
+    def reset(self, rows: Sequence[int] | None = None) -> None:
+        self.script.append(line("reset", *(rows or ())))
+        self.session.reset(rows)
+
+    def save(self) -> None:
+        self.script.append("save")
+        self.saved = self.session.state()
+
+    def restore(self) -> None:
+        self.script.append("restore")
+        self.session.restore(self.saved)
+
+    def largest_difference(self, programs: Path) -> float:
+        words = (programs / "replay", self.opened.path, self.batch)
+        came = np.frombuffer(output(*words, stdin="\n".join(self.script)), np.float32)
+        wanted = np.concatenate(self.logits)
+        assert came.shape == wanted.shape
+        return float(np.abs(came - wanted).max())
+
+
+def line(verb: str, *numbers: int) -> str:
+    return " ".join([verb, *map(str, numbers)])
+
+
+def source_of(given: HostInput) -> Callable[[Array], Array]:
+    """The stand-in of tests/replay.cpp for every host input."""
+    places = np.arange(int(np.prod(given.shape))).reshape(given.shape)
+
+    def source(chunks: Array) -> Array:
+        sums = chunks.sum(axis=1).reshape(-1, *(1,) * len(given.shape))
+        found: Array = (sums + places) % (given.below or 1)
+        return found
+
+    return source
+
+
+def rolled_out(path: Path, batch: int, count: int, seed: int = 0) -> Both:
+    """Random tokens in mixed chunks, rows reset out of phase, snapshots on the way."""
+    both, draw = Both(open_bundle(path), batch), np.random.default_rng(seed)
+    vocab, limit = both.opened.spec.vocab_size, both.opened.spec.max_context or 2**62
+    done = 0
+    while done < count:
+        length = int(draw.choice([1, 1, 1, 2, 3, 7, 16, 64, 200]))
+        if (both.session.position + length > limit).any():
+            both.reset()
+        both.step(draw.integers(0, vocab, (batch, length)))
+        done += length
+        if draw.random() < 0.15:
+            both.reset([int(draw.integers(batch))])
+        if draw.random() < 0.15:
+            both.save()
+        if "save" in both.script and draw.random() < 0.1:
+            both.restore()
+    return both
+
+
+def test_logits_are_those_of_the_python_session(programs: Path, example: Path) -> None:
+    both = rolled_out(example, batch=3, count=2000)
+    assert {"save", "restore"} < {entry.split()[0] for entry in both.script}
+    assert both.largest_difference(programs) <= 1e-6
+
+
+def test_the_bundles_own_graphs_give_the_same(programs: Path, example: Path, tmp_path: Path) -> None:
+    """As on another processor, where the packed weights do not fit."""
+    copy = shutil.copytree(example, tmp_path / "copy.msc")
+    edit(copy, "engines/ort/engine.json", lambda facts: facts.update(packed_for="another machine"))
+    assert rolled_out(copy, batch=2, count=300).largest_difference(programs) <= 1e-6
+
+
+@pytest.mark.parametrize("family", ["retro", "hm-lstm", "compressive"])
+def test_host_inputs_and_other_states(programs: Path, family: str, made_once: bundles.MadeOnce) -> None:
+    name = next(iter(tiny.TINY[family]))
+
+    def trained(path: Path) -> None:
+        model = tiny.model(family, name, torch.float32, len(bundles.VOCAB))
+        checkpoint.save(path, family, model, bundles.VOCAB)
+
+    source = made_once(f"cpp-{family}.pt", trained)
+    path = made_once(f"cpp-{family}.msc", lambda out: bundles.compile_to(out, source))
+    assert rolled_out(path, batch=3, count=100).largest_difference(programs) <= 1e-6
+
+
+@pytest.mark.parametrize("preset", SANITIZERS)
+def test_sanitizers_find_nothing(preset: str, example: Path) -> None:
+    """Memory, leaks and undefined behaviour, or data races, over sessions in one thread and in several."""
+    programs = built(preset) / "tests"
+    output(programs / "unit")
+    output(programs / "streams", example, 3)
+    assert rolled_out(example, batch=3, count=400).largest_difference(programs) <= 1e-6
+    assert PROMPT in output(programs / "generate-c", example, PROMPT, 20).decode()
+
+
+def test_units(programs: Path) -> None:
+    output(programs / "unit")
+
+
+# ---- The same text -----------------------------------------------------------------------------------------
+
+
+def text_of(path: Path, count: int, temperature: float, seed: int | None) -> str:
+    """What Python generates."""
+    opened = open_bundle(path)
+    ids = generate(opened.session("ort"), opened.tokenizer.encode(PROMPT), count, temperature, seed)
+    return PROMPT + opened.tokenizer.decode(ids) + "\n"
+
+
+@pytest.fixture(scope="module")
+def consumer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example program, built as a stranger does: against an installed library."""
+    prefix, build = tmp_path_factory.mktemp("prefix"), tmp_path_factory.mktemp("consumer")
+    output("cmake", "--install", built("release"), "--prefix", prefix)
+    configured(ROOT / "cpp" / "example", build, f"-DCMAKE_PREFIX_PATH={prefix};{BUILD / 'dependencies' / 'usr'}")
+    return build / "generate"
+
+
+@pytest.mark.parametrize(("temperature", "seed"), [(0.0, 0), (0.8, 1), (1.3, 2**40)])
+def test_an_installed_library_gives_the_same_text(consumer: Path, example: Path, temperature: float, seed: int) -> None:
+    came = output(consumer, example, PROMPT, 200, temperature, seed).decode()
+    assert came == text_of(example, 200, temperature, seed)
+
+
+def test_c_gives_the_same_text(programs: Path, example: Path) -> None:
+    assert output(programs / "generate-c", example, PROMPT, 100).decode() == text_of(example, 100, 0.0, None)
+    ended = command(programs / "generate-c", example / "nowhere", PROMPT, 100)
+    assert sentence(ended, 2) == f"{example / 'nowhere'} is not a bundle: no such directory"
+
+
+def test_a_packaged_project_builds_and_gives_the_same_text(example: Path, tmp_path: Path) -> None:
+    built("release")
+    project = package(example, "cpp", tmp_path / "project")
+    prefix = f"-DCMAKE_PREFIX_PATH={BUILD / 'dependencies' / 'usr'}"
+    configured(project, project / "build", "-DCMAKE_BUILD_TYPE=Release", prefix)
+    inside = project / f"{open_bundle(example).manifest.name}.msc"
+    came = output(project / "build" / "generate", inside, PROMPT, 60, 0.8, 1).decode()
+    assert came == text_of(example, 60, 0.8, 1)
+
+
+def code_of(language: str) -> str:
+    """The one example of docs/embedding.md in this language, as a whole program."""
+    text = (ROOT / "docs" / "embedding.md").read_text(encoding="utf-8")
+    (block,) = re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    includes = [entry for entry in block.splitlines() if entry.startswith("#include")]
+    body = [entry for entry in block.splitlines() if entry not in includes]
+    return "\n".join(["#include <stdio.h>", *includes, "int main(void) {", *body, "return 0;", "}", ""])
+
+
+@pytest.mark.parametrize("language", ["cpp", "c"])
+def test_examples_of_the_documentation_run(language: str, compiled: Path, tmp_path: Path) -> None:
+    library = built("release") / "libmscompile.a"
+    (source := tmp_path / f"example.{language}").write_text(code_of(language), encoding="utf-8")
+    include = ROOT / "cpp" / "include"
+    output("cc", "-c", source, "-o", tmp_path / "example.o", "-I", include, *["-std=c++17"] * (language == "cpp"))
+    crypto = next((BUILD / "dependencies").glob("usr/lib/*/libcrypto.so"), "-lcrypto")
+    output("c++", tmp_path / "example.o", library, crypto, "-ldl", "-o", tmp_path / "example")
+    (tmp_path / "hourglass.msc").symlink_to(compiled)
+    ended = subprocess.run([tmp_path / "example"], cwd=tmp_path, capture_output=True, env=ENVIRONMENT, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+# ---- Bad input ---------------------------------------------------------------------------------------------
+
+
+def edit(directory: Path, name: str, change: Callable[[Any], object]) -> None:
+    """Change a JSON file of a bundle, and its entry in the manifest."""
+    import hashlib
+
+    data = json.loads((directory / name).read_text(encoding="utf-8"))
+    change(data)
+    (directory / name).write_text(json.dumps(data), encoding="utf-8")
+    if name != "manifest.json":
+        content = (directory / name).read_bytes()
+        entry = {"sha256": hashlib.sha256(content).hexdigest(), "size_bytes": len(content)}
+        edit(directory, "manifest.json", lambda manifest: manifest["files"].update({name: entry}))
+
+
+def spec(change: Callable[[Any], object]) -> Callable[[Path], None]:
+    return lambda path: edit(path, "manifest.json", lambda manifest: change(manifest["spec"]))
+
+
+def manifest(**values: object) -> Callable[[Path], None]:
+    return lambda path: edit(path, "manifest.json", lambda found: found.update(values))
+
+
+def rewritten(old: bytes, new: bytes) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        content = (path / "manifest.json").read_bytes()
+        assert old in content
+        (path / "manifest.json").write_bytes(content.replace(old, new, 1))
+
+    return change
+
+
+def touched(path: Path) -> None:
+    content = bytearray((path / "graphs" / "weights.bin").read_bytes())
+    content[len(content) // 2] ^= 1
+    (path / "graphs" / "weights.bin").write_bytes(content)
+
+
+DAMAGE: dict[str, Callable[[Path], Any]] = {
+    "absent": shutil.rmtree,
+    "a file": lambda path: (shutil.rmtree(path), path.write_text("")),
+    "no manifest": lambda path: (path / "manifest.json").unlink(),
+    "newer schema": manifest(schema=2),
+    "no schema": manifest(schema="1"),
+    "unknown key": manifest(colour="green"),
+    "wrong type": manifest(verified=1),
+    "wrong list": manifest(rules={"a": [1, 2.5, None, True, "x" * 50, {"b": []}]}),
+    "verified, unchecked": manifest(verified=True, parity=None),
+    "odd name": manifest(name="a/b"),
+    "repeated key": rewritten(b'"schema": 1', b'"schema": 1, "schema": 1'),
+    "missing key": spec(lambda found: found.pop("vocab_size")),
+    "integer initial": spec(lambda found: found["states"][0].update(initial=0)),
+    "word in a list": spec(lambda found: found["states"][0].update(initial=[0.0, "zero"])),
+    "initial of another size": spec(lambda found: found["states"][0].update(initial=[0.0])),
+    "unknown update": spec(lambda found: found["states"][0].update(update="add")),
+    "unknown dtype": spec(lambda found: found["states"][0].update(dtype="float128")),
+    "state without batch": spec(lambda found: found["states"][0].update(shape=[1, 2, 3, 4])),
+    "state of two batches": spec(lambda found: found["states"][0].update(shape=["batch", "batch", 3, 4])),
+    "odd dimension": spec(lambda found: found["graphs"][0]["inputs"][0].update(shape=["batch", "chunk/0"])),
+    "dimension of no type": spec(lambda found: found["graphs"][0]["inputs"][0].update(shape=["batch", 1.5])),
+    "two states of a name": spec(lambda found: found["states"].append(found["states"][0])),
+    "unknown graph": spec(lambda found: found["schedule"]["ticks"][0]["graphs"].append("none")),
+    "unknown state": spec(lambda found: found["graphs"][0]["reads"].append("none")),
+    "no ticks": spec(lambda found: found["schedule"].update(ticks=[])),
+    "chunks": spec(lambda found: found["schedule"].update(chunk_multiple=600)),
+    "vocabulary of none": spec(lambda found: found.update(vocab_size=0)),
+    "source missing": spec(
+        lambda found: found.update(inputs=[{"name": "n", "dtype": "int64", "shape": [2], "every": 4, "below": 9}])
+    ),
+    "file escapes": rewritten(b'"golden.npz"', b'"../golden.npz"'),
+    "file absent": lambda path: (path / "golden.npz").unlink(),
+    "file added": lambda path: (path / "notes.txt").write_text("notes"),
+    "file cut": lambda path: (path / "golden.npz").write_bytes(b"cut"),
+    "file changed": touched,
+    "link": lambda path: (path / "link").symlink_to("golden.npz"),
+    "engine absent": manifest(engines={}),
+    "other engine": manifest(engines={"trt-rtx": {}}),
+    "engine.json not JSON": lambda path: edit(path, "engines/ort/engine.json", lambda facts: facts.clear()),
+}
+SAME_START = ("repeated key", "other engine")  # what follows is of the host: its parser, its engines
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_bundles_are_refused_as_in_python(programs: Path, compiled: Path, damage: str, tmp_path: Path) -> None:
+    path = shutil.copytree(compiled, tmp_path / "damaged.msc")
+    DAMAGE[damage](path)
+    ended = command(programs / "replay", path, 1)
+    try:
+        open_bundle(path).session("ort" if damage not in ("engine absent", "other engine") else None)
+    except MsCompileError as error:
+        wanted, code = str(error), error.exit_code
+    else:
+        assert (ended.returncode, damage) == (0, "engine.json not JSON")
+        return
+    came = sentence(ended, code)
+    if damage == "other engine":
+        assert came == "this build of mscompile has no engine 'trt-rtx'; it has ort"
+    elif damage == "repeated key":
+        assert "key 'schema' occurs twice in one object" in came
+    else:
+        assert came == wanted
+
+
+REFUSED = {
+    "an id too large": (2, [[0, 10**9]]),
+    "a negative id": (2, [[5, -3]]),
+    "beyond the context": (1, None),
+    "no tokens": (0, [[]]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_steps_are_refused_as_in_python(programs: Path, example: Path, name: str) -> None:
+    count, tokens = REFUSED[name]
+    opened = open_bundle(example)
+    session, limit = opened.session("ort"), opened.spec.max_context
+    fed: list[str] = []
+    if tokens is None:
+        if limit is None:
+            pytest.skip("this model has no limit")
+        session.step(np.zeros((1, limit), np.int64))
+        fed, tokens = [line("step", limit, *[0] * limit)], [[0]]
+    with pytest.raises(MsCompileError) as refused:
+        session.step(np.array(tokens, np.int64))
+    script = "\n".join([*fed, line("refused", count, *tokens[0]), "position"])
+    written = output(programs / "replay", example, 1, stdin=script)
+    came = written[sum(len(entry.split()) - 2 for entry in fed) * opened.spec.vocab_size * 4 :].decode().splitlines()
+    assert came == [str(refused.value), f"{session.position[0]} "]
+
+
+@pytest.mark.parametrize("batch", [0, 9])
+def test_a_batch_beyond_the_profile_is_refused_as_in_python(programs: Path, example: Path, batch: int) -> None:
+    with pytest.raises(MsCompileError) as refused:
+        open_bundle(example).session("ort", batch)
+    assert sentence(command(programs / "replay", example, batch), 2) == str(refused.value)
+
+
+def test_a_missing_or_wrong_library_is_named(programs: Path, compiled: Path, tmp_path: Path) -> None:
+    def refused(library: Path | str, **changes: str) -> str:
+        return sentence(command(programs / "replay", compiled, 1, MSCOMPILE_ONNXRUNTIME=str(library), **changes), 3)
+
+    absent = tmp_path / "libonnxruntime.so"
+    assert refused(absent).startswith(f"ONNX Runtime cannot be loaded from {absent}: ")
+    assert refused("libm.so.6").startswith("libm.so.6 is not ONNX Runtime: it has no OrtGetApiBase; give the path")
+    assert refused("", PATH="", VIRTUAL_ENV="").startswith("ONNX Runtime is not installed; ")
+
+    source, old = tmp_path / "old.c", tmp_path / "old.so"
+    source.write_text(
+        "typedef struct { const void* (*api)(unsigned); const char* (*version)(void); } Base;\n"
+        "static const void* api(unsigned version) { (void)version; return 0; }\n"
+        'static const char* version(void) { return "1.16.3"; }\n'
+        "const Base* OrtGetApiBase(void) { static const Base base = {api, version}; return &base; }\n"
+    )
+    output("cc", "-shared", "-fPIC", "-o", old, source)
+    assert refused(old).startswith(f"{old} is ONNX Runtime 1.16.3, and 1.17 or newer is needed; ")
+
+
+def test_the_library_of_the_python_package_is_found(programs: Path, compiled: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "lib" / "python3.11" / "site-packages" / "onnxruntime" / "capi"
+    folder.mkdir(parents=True)
+    (folder / LIBRARY.name).symlink_to(LIBRARY)
+    ended = command(programs / "replay", compiled, 1, MSCOMPILE_ONNXRUNTIME="", PATH="", VIRTUAL_ENV=str(tmp_path))
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_fuzzing_the_manifest_reader_finds_nothing(compiled: Path, tmp_path: Path) -> None:
+    if not (TOOLS / "clang++").exists():
+        pytest.skip("needs clang: cpp/dependencies.sh build/cpp/dependencies clang")
+    small = json.loads((compiled / "manifest.json").read_text(encoding="utf-8"))
+    small.update(rules=[], passes=[], source={}, versions={}, tolerances={}, parity=None, verified=False)
+    small["files"] = {name: entry for name, entry in small["files"].items() if name.startswith("graphs/")}
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "small.json").write_text(json.dumps(small), encoding="utf-8")
+    words = {*small, *small["spec"], *small["spec"]["schedule"], *small["spec"]["states"][0], "batch", "chunk", "/2"}
+    (tmp_path / "words").write_text("".join(f'"\\"{word}\\""\n' for word in words), encoding="utf-8")
+    fuzzer = built("fuzz") / "fuzz" / "fuzz-manifest"
+    output(
+        fuzzer, tmp_path / "corpus", f"-dict={tmp_path / 'words'}", "-max_total_time=30", "-rss_limit_mb=2048",
+        "-timeout=10", f"-artifact_prefix={tmp_path}/",
+    )  # fmt: skip
+
+
+# ---- Packages ----------------------------------------------------------------------------------------------
+
+
+def test_package_says_what_it_cannot_do(compiled: Path, tmp_path: Path) -> None:
+    with pytest.raises(MsCompileError, match=r"unknown format 'cp'; did you mean cpp\?"):
+        package(compiled, "cp", tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(MsCompileError, match=r"exists and has no CMakeLists\.txt"):
+        package(compiled, "cpp", tmp_path / "out", force=True)
+
+
+def test_code_is_formatted() -> None:
+    tool = TOOLS / "clang-format"
+    if not tool.exists():
+        pytest.skip("needs clang-format: cpp/dependencies.sh build/cpp/dependencies clang")
+    files = [path for ending in ("c", "h", "cpp", "hpp") for path in (ROOT / "cpp").rglob(f"*.{ending}")]
+    output(tool, "--dry-run", "--Werror", *files)
