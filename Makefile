@@ -57,7 +57,8 @@ cpp: $(READY)
 	    (cd $(CPP)/$$preset && ctest --output-on-failure) || exit 1; \
 	done
 	$(BIN)/python -m pytest -q --slow -rs tests/test_cpp.py
-	$(if $(CPP_DEPENDENCIES),$(CPP)/dependencies/bin/clang-tidy -p $(CPP)/release --quiet cpp/src/*.cpp)
+	$(if $(CPP_DEPENDENCIES),ls cpp/src/*.cpp | \
+	    xargs -P $(JOBS) -n 1 $(CPP)/dependencies/bin/clang-tidy -p $(CPP)/release --quiet)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -15,7 +15,11 @@ from typing import Any
 from targets import DECODE, HOURGLASS, PREFILL, TXL, VANILLA
 
 HERE = Path(__file__).parent
-DOCUMENTS = (HERE.parent / "README.md", HERE.parent / "docs" / "performance.md")
+DOCUMENTS = (
+    HERE.parent / "README.md",
+    HERE.parent / "docs" / "performance.md",
+    HERE.parent / "docs" / "reliability.md",
+)
 BLOCK = re.compile(r"(<!-- measured: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 MISSING = "Not measured yet.\n"
 
@@ -131,9 +135,31 @@ def families(found: Results) -> str:
     return table(columns, rows) if rows else MISSING
 
 
+def mutation(found: Results) -> str:
+    """Faults planted and caught, by kind and family, and those that change nothing."""
+    if "mutation" not in found:
+        return MISSING
+    verdicts: Sequence[Mapping[str, Any]] = found["mutation"]["verdicts"]
+    families = list(dict.fromkeys(each["family"] for each in verdicts))
+
+    def cell(rows: Sequence[Mapping[str, Any]]) -> str:
+        same = [each for each in rows if each["equivalent"] and not each["caught"]]
+        return f"{sum(each['caught'] for each in rows)} of {len(rows) - len(same)}" if rows else "-"
+
+    rows = []
+    for kind in dict.fromkeys(each["kind"] for each in verdicts):
+        of_kind = [each for each in verdicts if each["kind"] == kind]
+        rows.append([kind, *(cell([each for each in of_kind if each["family"] == family]) for family in families)])
+    rows.append(["all", *(cell([each for each in verdicts if each["family"] == family]) for family in families)])
+    same = sorted({each["fault"] for each in verdicts if each["equivalent"] and not each["caught"]})
+    text = table(["kind", *(f"{family}: caught" for family in families)], rows)
+    return text + f"\nNot counted, because they change nothing: {', '.join(same) or 'none'}.\n"
+
+
 BLOCKS: dict[str, Callable[[Results], str]] = {
     "families": families,
     "machine": machine,
+    "mutation": mutation,
     "targets": targets,
     "decode": timings(DECODE, TXL),
     "prefill": timings(PREFILL, TXL),

@@ -84,23 +84,21 @@ def first_wrong(cuts: Sequence[Frontier], is_wrong: Callable[[Frontier], bool]) 
 
 
 def module_of(graph: onnx.GraphProto, index: int) -> str | None:
-    """The module that node `index` came from, or where a pass made it, that of the nearest node that has one."""
-    readers: dict[str, list[int]] = {}
-    for number, node in enumerate(graph.node):
-        for name in read_by(node):
-            readers.setdefault(name, []).append(number)
+    """The module that node `index` came from, or where a pass made it, that of the nearest node that has one.
+
+    Nodes that read its results are asked before those that made what it reads.
+    """
     makers = made_by(graph)
-    behind = lambda at: [reader for name in graph.node[at].output for reader in readers.get(name, ())]  # noqa: E731
-    before = lambda at: [makers[name] for name in read_by(graph.node[at]) if name in makers]  # noqa: E731
+    before = [{makers[name] for name in read_by(node) if name in makers} for node in graph.node]
+    behind = [{reader for reader, made in enumerate(before) if number in made} for number in range(len(graph.node))]
     for neighbours in (behind, before):
         seen, todo = {index}, [index]
         while todo:
             at = todo.pop(0)
             if (module := _module(graph.node[at])) is not None:
                 return module
-            found = [each for each in neighbours(at) if each not in seen]
-            seen |= set(found)
-            todo += found
+            todo += sorted(neighbours[at] - seen)
+            seen |= neighbours[at]
     return None
 
 

@@ -94,8 +94,8 @@ def check_full(
     if not errors.max() <= TOLERANCE:
         first = int((~(errors <= TOLERANCE)).nonzero()[0])
         raise Refusal(
-            f"called token by token, the module differs from full by {float(errors[first]):.2g} of the largest logit at "
-            f"token {first}: correct the module, its initial states, its ticks or full"
+            f"called token by token, the module differs from full by {float(errors[first]):.2g} of the largest logit "
+            f"at token {first}: correct the module, its initial states, its ticks or full"
         )
 
 

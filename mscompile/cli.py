@@ -340,7 +340,8 @@ def families(as_json: AsJson = False) -> None:
     """List the model families."""
     from mscompile.models.families import FAMILIES
 
-    rows = [{"name": family.name, "title": family.title, "source": family.source} for family in FAMILIES]
+    columns = ("name", "title", "status", "source")
+    rows = [{column: getattr(family, column) for column in columns} for family in FAMILIES]
     _list("families", rows, as_json)
 
 

@@ -119,9 +119,8 @@ class Located:
     def __init__(
         self, exported: Exported, spec: GraphSpec, form: Form, given: Values, wanted: Values, limit: float
     ) -> None:
-        self.exported, self.spec, self.form, self.given, self.wanted, self.limit = (
-            exported, spec, form, given, wanted, limit,
-        )  # fmt: skip
+        self.exported, self.spec, self.form = exported, spec, form
+        self.given, self.wanted, self.limit = given, wanted, limit
         self.model, self.reference = form.model(spec.name), exported.graph(spec.name).graph
         cuts = cut.frontiers(self.reference)
         self.shared = cut.made_by(self.model.graph)
@@ -129,7 +128,6 @@ class Located:
         right, wrong = cut.first_wrong([cuts[number] for number in self.usable], self._is_wrong)
         self.first = self.usable[right] + 1 if right >= 0 else 0
         self.last = self.usable[wrong]
-        self.asked = len(self.usable)
         made = [name for node in self.reference.node[self.first : self.last + 1] for name in node.output]
         crossing = [name for name in made if name in cuts[self.last]]
         self.values = self._values(crossing)
@@ -151,25 +149,37 @@ class Located:
         node = self.reference.node[self.index]
         module, kind = self.exported.module(self.spec.name, self.index)
         others = [each.name for each in self.reference.node[self.first : self.last + 1] if each.name != node.name]
-        index: tuple[int, ...] = ()
-        largest, share = np.inf, 1.0
-        if found.shape == wanted.shape:
-            gap = error(found, wanted)
-            index = tuple(int(each) for each in np.unravel_index(int(gap.argmax()), gap.shape))
-            largest, share = float(gap.max()), float((gap > self.limit * scale(wanted)).mean())
+        gap = error(found, wanted) if found.shape == wanted.shape else np.full(found.shape, np.inf)
+        index = tuple(int(each) for each in np.unravel_index(int(gap.argmax()), gap.shape))
         return Tensor(
-            self.name, found.shape, index, float(found[index]) if index or not found.shape else np.nan,
-            float(wanted[index]) if index or not wanted.shape else np.nan, largest, share, self.spec.name,
-            node.name, node.op_type, module, kind, tuple(others),
-        )  # fmt: skip
+            name=self.name,
+            shape=found.shape,
+            index=index,
+            found=float(found[index]),
+            wanted=float(wanted[index]) if found.shape == wanted.shape else np.nan,
+            largest_error=float(gap.max()),
+            share=float((gap > self.limit * scale(wanted)).mean()),
+            graph=self.spec.name,
+            node=node.name,
+            operator=node.op_type,
+            module=module,
+            module_class=kind,
+            together_with=tuple(others),
+        )
 
     def evidence(self, precision: str, contract: Sequence[str]) -> Evidence:
         operators = {self.model.graph.node[self.shared[self.name]].op_type, self.reference.node[self.index].op_type}
+        plain = self._values([self.name], optimised=False)[self.name]
         return Evidence(
-            self.values[self.name], self.wanted[self.name], self.limit, tuple(sorted(operators)), precision,
-            differences=(*self._changes(precision), *contract), rows_alone_right=self._rows_alone(),
-            unoptimised_right=not self._left(self.name, self._values([self.name], optimised=False)[self.name]),
-        )  # fmt: skip
+            self.values[self.name],
+            self.wanted[self.name],
+            self.limit,
+            tuple(sorted(operators)),
+            precision,
+            differences=(*self._changes(precision), *contract),
+            rows_alone_right=self._rows_alone(),
+            unoptimised_right=not self._left(self.name, plain),
+        )
 
     def _changes(self, precision: str) -> Iterator[str]:
         """How the node and its constants differ from those of the export."""

@@ -79,7 +79,8 @@ def _beside_rollouts(bundle: Bundle, engine: str, trained: Checkpoint) -> Iterat
     graphs, built = bundle.path / GRAPHS, bundle.path / ENGINES / engine
     kinds = {kind for graph in spec.graphs for kind in asked.products(ir.load(graphs / f"{graph.name}.onnx"))}
     if not asked.is_of(manifest.precision, kinds):
-        yield f"the manifest says {manifest.precision}, and the products of the graphs are in {', '.join(sorted(kinds))}"
+        found = ", ".join(sorted(kinds)) or "none"
+        yield f"the manifest says {manifest.precision}, and the products of the graphs are in {found}"
     replayed = bundle.golden.sources(spec.inputs)
     plans = {"": bundle.plan(engine)}
     if engine == "ort" and ort.packed(built) is not None:

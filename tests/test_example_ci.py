@@ -1,4 +1,4 @@
-"""The sample repository of examples/ci: its recipe passes as it stands, and fails when its checkpoint is tampered with."""
+"""The sample repository of examples/ci: its recipe passes, and fails when its checkpoint is tampered with."""
 
 from __future__ import annotations
 

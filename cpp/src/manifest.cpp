@@ -144,9 +144,9 @@ void check_records(const Place& place) {
 
 Manifest manifest(const Place& place) {
     place.check_keys("Manifest",
-                     {"name", "title", "family", "precision", "verified", "source", "versions", "profile", "engines",
-                      "costs", "tolerances", "parity", "rules", "passes", "spec"},
-                     {"schema", "files"});
+                     {"schema", "name", "title", "family", "precision", "verified", "source", "versions", "profile",
+                      "engines", "costs", "tolerances", "parity", "rules", "passes", "spec"},
+                     {"files"});
     check_records(place);
     Manifest found;
     found.name = place["name"].text();
