@@ -27,6 +27,7 @@ COMMANDS = tuple(
         "gate",
         "inspection",
         "locate",
+        "package",
         "pytest_plugin",
         "verification",
     )
