@@ -13,8 +13,9 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from faults import FAULTS, Fault, planted
 
 from mscompile import compile_checkpoint, gate
@@ -24,6 +25,7 @@ from mscompile.pipeline import Options
 from mscompile.runtime import Bundle, open_bundle
 
 HERE = Path(__file__).parent
+RESULT = HERE / "results" / "mutation.json"
 STEPS = 64  # tokens a row in the long rollouts
 FAMILIES = ("transformer-xl", "hourglass")
 
@@ -89,25 +91,38 @@ def survivors(verdicts: Sequence[Verdict]) -> list[Verdict]:
     return [each for each in verdicts if not each.caught and not each.equivalent]
 
 
-def main() -> None:
+def main(
+    only: Annotated[str, typer.Option(help="Faults whose name contains this; the others keep their results.")] = "",
+) -> None:
+    """Plant every fault in a bundle of each family."""
     sys.path.append(str(HERE.parent / "tests"))
     import bundles
 
-    verdicts: list[Verdict] = []
+    faults = [fault for fault in FAULTS if only in fault.name]
+    found: list[Verdict] = []
     with tempfile.TemporaryDirectory() as directory:
         for family in FAMILIES:
             checkpoint, bundle = Path(directory, f"{family}.pt"), Path(directory, f"{family}.msc")
             bundles.save(family, checkpoint)
             compile_checkpoint(checkpoint, ["ort"], bundle, Options(profile=Profile(1, 3, 16), steps=STEPS))
-            verdicts += run(family, bundle, checkpoint)
-    caught = sum(each.caught for each in verdicts)
-    counted = sum(not each.equivalent or each.caught for each in verdicts)
-    result = {"planted": len(verdicts), "caught": caught, "equivalent": len(verdicts) - counted,
-              "verdicts": [asdict(each) for each in verdicts]}  # fmt: skip
-    (HERE / "results" / "mutation.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(f"{caught} of {counted} faults caught; {len(verdicts) - counted} change nothing")
-    raise SystemExit(1 if survivors(verdicts) else 0)
+            found += run(family, bundle, checkpoint, faults)
+    kept = {(each["family"], each["fault"]): each for each in stored()} if only else {}
+    kept |= {(each.family, each.fault): asdict(each) for each in found}
+    order = [(family, fault.name) for family in FAMILIES for fault in FAULTS]
+    verdicts = [kept[key] for key in order if key in kept]
+    caught = sum(each["caught"] for each in verdicts)
+    same = sum(bool(each["equivalent"]) and not each["caught"] for each in verdicts)
+    result = {"planted": len(verdicts), "caught": caught, "equivalent": same, "verdicts": verdicts}
+    RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(f"{caught} of {len(verdicts) - same} faults caught; {same} change nothing")
+    raise SystemExit(1 if survivors(found) else 0)
+
+
+def stored() -> list[dict[str, Any]]:
+    """The verdicts of the last run."""
+    verdicts: list[dict[str, Any]] = json.loads(RESULT.read_text(encoding="utf-8"))["verdicts"]
+    return verdicts
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

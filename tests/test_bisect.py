@@ -129,7 +129,7 @@ def test_two_contracts_differ_where_they_do() -> None:
 
 FIVE = {
     "a scaled weight": (faults._scaled_weight, "layers.0.feed_forward.3", "MatMul", 0, "changed since the export"),
-    "a wrong mask": (faults._mask_too_long, "layers.0", "GreaterOrEqual", 2, "wrong mask"),
+    "a wrong mask": (faults._mask_too_long, "layers.0", "GreaterOrEqual", 0, "wrong mask"),
     "an off-by-one memory roll": (
         faults._rolled(1, lambda copy: copy.decode), "layers.0", "Transpose", 1, "off by one row",
     ),

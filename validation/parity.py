@@ -49,7 +49,8 @@ PERPLEXITY_TOKENS = 2048  # with fewer, the noise of the loss is as large as the
 
 TOLERANCES: Mapping[str, Tolerance] = {
     # FP32 on both sides: only the order of sums differs, 1e-5 as measured; the ceiling leaves two decades.
-    "fp32": Tolerance(1e-3, 1e-4, 1e-3, 0.999, 1e-6, 1e-3, 1e-4),
+    # States are within 5e-6 of their norm in every family; rounded to float16 once, they are 3e-4 away.
+    "fp32": Tolerance(1e-3, 1e-4, 1e-3, 0.999, 1e-6, 1e-3, 1e-4, 1e-4),
     # Ceilings of the other rows lie four to five times above the worst of both shipped models, over text, random tokens
     # and resets: enough for other weights, and far below what a wrong scale, a missing island or a lost bit costs.
     # On text, mean KL divergence is close to the loss of log perplexity, so it stands in where no text is given.

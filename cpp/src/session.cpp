@@ -429,8 +429,8 @@ void Session::Host::reset_row(std::int64_t row) {
 }
 
 Session::Session(std::shared_ptr<const StreamSpec> spec, std::shared_ptr<const Backend> backend, std::int64_t batch,
-                 Sources sources)
-    : host_(std::make_unique<Host>(std::move(spec), std::move(backend), batch, std::move(sources))) {}
+                 const Sources& sources)
+    : host_(std::make_unique<Host>(std::move(spec), std::move(backend), batch, sources)) {}
 
 Session::Session(Session&&) noexcept = default;
 Session& Session::operator=(Session&&) noexcept = default;

@@ -41,7 +41,9 @@ class StreamHourglassPytorch(Root):
 
     def forward(self, tokens: Tensor, call: Call) -> Tensor:
         x = self.model.embedding(tokens)
-        x = self.level(x + self.model.positions(numbered(x, 1, call)), call)
+        # A batch row that has reached its end may be carried along: it has no next position.
+        numbers = numbered(x, 1, call).clamp(max=self.model.positions.num_embeddings - 1)
+        x = self.level(x + self.model.positions(numbers), call)
         return self.model.head(self.model.norm(x))
 
 

@@ -55,7 +55,8 @@ class StreamMemoryTransformer(Root):
             memory = layer.remember(memory)
 
     def forward(self, tokens: Tensor, call: Call) -> Tensor:
-        x = self.model.embed(tokens, numbered(tokens, 1, call))
+        # A batch row that has reached its end may be carried along: it has no next position.
+        x = self.model.embed(tokens, numbered(tokens, 1, call).clamp(max=self.model.config.context - 1))
         for layer in self.layers:
             x = layer(x, call)
         return self.model.head(x)

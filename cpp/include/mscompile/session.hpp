@@ -51,7 +51,7 @@ class Session {
   public:
     /// Streams at position 0. Throws Error for a batch outside `spec.max_batch`, and for missing or unknown sources.
     Session(std::shared_ptr<const StreamSpec> spec, std::shared_ptr<const Backend> backend, std::int64_t batch = 1,
-            Sources sources = {});
+            const Sources& sources = {});
     Session(Session&&) noexcept;
     Session& operator=(Session&&) noexcept;
     Session(const Session&) = delete;
