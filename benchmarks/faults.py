@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +31,9 @@ class Graph:
     """One graph of a bundle, to be changed in place."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.proto = path, onnx.load(path)
+        with warnings.catch_warnings():  # ONNX Runtime's keys for packed weights are not of the standard
+            warnings.filterwarnings("ignore", "Ignoring unknown external data key")
+            self.path, self.proto = path, onnx.load(path)
         self.nodes = self.proto.graph.node
 
     def save(self) -> None:

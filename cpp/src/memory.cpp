@@ -12,7 +12,7 @@ std::size_t item_size(const std::string& dtype) {
 }
 
 std::size_t byte_size(const std::string& dtype, const Shape& shape) {
-    std::int64_t size = static_cast<std::int64_t>(item_size(dtype));
+    auto size = static_cast<std::int64_t>(item_size(dtype));
     for (const auto dim : shape)
         if (__builtin_mul_overflow(size, dim, &size)) throw std::bad_alloc();
     return static_cast<std::size_t>(size);
