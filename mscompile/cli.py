@@ -285,13 +285,13 @@ def package(
     as_json: AsJson = False,
 ) -> None:
     """Write a project for another host around a bundle, ready to build."""
-    from mscompile import package as projects
+    from mscompile.packaging import formats
 
-    written = projects.package(bundle, form, out, force)
+    written = formats.package(bundle, form, out, force)
     if as_json:
         _print_json({"project": str(written), "format": form})
         return
-    typer.echo(f"{written}: {projects.FORMATS[form].title}; see {written / 'README.md'}")
+    typer.echo(f"{written}: {formats.FORMATS[form].title}; see {written / 'README.md'}")
 
 
 @app.command()

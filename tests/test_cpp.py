@@ -26,7 +26,7 @@ import torch
 from mscompile import checkpoint
 from mscompile.contracts import Array, HostInput
 from mscompile.errors import MsCompileError
-from mscompile.package import package
+from mscompile.packaging.formats import package
 from mscompile.runtime import Bundle, generate, open_bundle
 
 ROOT = Path(__file__).parents[1]

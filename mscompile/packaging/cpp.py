@@ -1,25 +1,17 @@
-"""Bundles as projects for other hosts: one directory that a program is built from and runs in.
-
-A format is a function that fills an empty directory from an opened bundle, and the file that every such directory
-has. `FORMATS` lists them.
-"""
+"""A CMake project around a bundle: a main.cpp that generates text, and the C++ runtime that it is built with."""
 
 from __future__ import annotations
 
-import difflib
 import shutil
 import sysconfig
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-from mscompile.atomic import writing
 from mscompile.errors import UsageError
-from mscompile.runtime import Bundle, open_bundle
+from mscompile.runtime import Bundle
 
 RUNTIME = ("CMakeLists.txt", "cmake", "dependencies.sh", "include", "src")  # of the C++ sources, what a build needs
 
-CPP_CMAKE = """\
+CMAKE = """\
 cmake_minimum_required(VERSION 3.21)
 project(generate LANGUAGES C CXX)
 
@@ -28,7 +20,7 @@ add_executable(generate main.cpp)
 target_link_libraries(generate PRIVATE mscompile::mscompile)
 """
 
-CPP_README = """\
+README = """\
 # {name}
 
 A program in C++17 that continues texts with the model in `{name}.msc`, {title}. `mscompile/` holds the runtime.
@@ -49,33 +41,9 @@ Runtime is the one that MSCOMPILE_ONNXRUNTIME names, that of the Python package,
 """
 
 
-@dataclass(frozen=True)
-class Format:
-    """One kind of project: how to fill its directory, and a file that each of them has."""
-
-    fill: Callable[[Bundle, Path], None]
-    marker: str
-    title: str
-
-
-def package(bundle: Path, form: str, out: Path, force: bool = False) -> Path:
-    """Write the project of format `form` around the bundle to `out`, whole or not at all.
-
-    Raises UsageError for an unknown format or where `out` exists (unless `force`), BundleError for a bad bundle.
-    """
-    if form not in FORMATS:
-        near = difflib.get_close_matches(form, FORMATS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known formats: {', '.join(FORMATS)}"
-        raise UsageError(f"unknown format {form!r}; {hint}")
-    opened = open_bundle(bundle)
-    with writing(out, force, FORMATS[form].marker) as directory:
-        FORMATS[form].fill(opened, directory)
-    return out
-
-
-def _cpp(bundle: Bundle, directory: Path) -> None:
+def fill(bundle: Bundle, directory: Path) -> None:
     """A CMake project: the bundle, a main.cpp that generates text, and the runtime that both need."""
-    sources, name = _cpp_sources(), bundle.manifest.name
+    sources, name = _sources(), bundle.manifest.name
     prompt = next((token for token in bundle.tokenizer.tokens if token.isalnum()), bundle.tokenizer.tokens[0])
     shutil.copytree(bundle.path, directory / f"{name}.msc")
     shutil.copyfile(sources / "example" / "main.cpp", directory / "main.cpp")
@@ -86,18 +54,15 @@ def _cpp(bundle: Bundle, directory: Path) -> None:
             shutil.copytree(source, target)
         else:
             shutil.copy(source, target)
-    (directory / "CMakeLists.txt").write_text(CPP_CMAKE, encoding="utf-8")
-    readme = CPP_README.format(name=name, title=bundle.manifest.title, prompt=prompt)
+    (directory / "CMakeLists.txt").write_text(CMAKE, encoding="utf-8")
+    readme = README.format(name=name, title=bundle.manifest.title, prompt=prompt)
     (directory / "README.md").write_text(readme, encoding="utf-8")
 
 
-def _cpp_sources() -> Path:
+def _sources() -> Path:
     """The C++ runtime: beside this package in a checkout, in the data folder of an installation."""
-    places = (Path(__file__).parents[1] / "cpp", Path(sysconfig.get_path("data"), "share", "mscompile", "cpp"))
+    places = (Path(__file__).parents[2] / "cpp", Path(sysconfig.get_path("data"), "share", "mscompile", "cpp"))
     for place in places:
         if (place / "CMakeLists.txt").is_file():
             return place
     raise UsageError(f"the C++ sources are not in {places[-1]}; install mscompile again, or run this in a checkout")
-
-
-FORMATS = {"cpp": Format(_cpp, "CMakeLists.txt", "a CMake project with a main.cpp that generates text")}
