@@ -3,13 +3,14 @@
 # make lint    ruff and mypy
 # make bench   the performance targets, short form, and latency of both example models; see docs/performance.md
 # make cpp     the C++ runtime: what it is built with, three builds (two with sanitizers), its tests, lint
+# make triton  a real Triton server, in an environment of its own, and the tests that need one
 # make clean   remove what these targets made
 # Each target first sets up .venv, which takes some minutes the first time.
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick lint format bench cpp clean
+.PHONY: help demo test quick lint format bench cpp triton clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -57,8 +58,12 @@ cpp: $(READY)
 	    (cd $(CPP)/$$preset && ctest --output-on-failure) || exit 1; \
 	done
 	$(BIN)/python -m pytest -q --slow -rs tests/test_cpp.py
-	$(if $(CPP_DEPENDENCIES),ls cpp/src/*.cpp | \
+	$(if $(CPP_DEPENDENCIES),sed -nE 's|.*"file": "(.*/cpp/src/.*)".*|\1|p' $(CPP)/release/compile_commands.json | \
 	    xargs -P $(JOBS) -n 1 $(CPP)/dependencies/bin/clang-tidy -p $(CPP)/release --quiet)
+
+triton: $(READY)
+	bash tests/triton_server.sh build/triton $(BIN)/python
+	$(BIN)/python -m pytest -q --slow -rs tests/test_triton.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -105,7 +105,7 @@ def run(bundle: str) -> dict[str, Any]:
     """Resident memory of all loaded and used graphs, and what a session adds to the bare runtime call."""
     import onnxruntime
 
-    inside = _timed_calls(onnxruntime.InferenceSession)
+    inside = timed_calls(onnxruntime.InferenceSession)
     opened = open_bundle(bundle, hash_files=False)
     before = process_bytes()
     session = opened.session("ort")
@@ -132,7 +132,7 @@ def run(bundle: str) -> dict[str, Any]:
     }
 
 
-def _timed_calls(session: Any) -> list[float]:
+def timed_calls(session: Any) -> list[float]:
     """Seconds of each call into the runtime from now on; replaces the method on the runtime's class."""
     seconds: list[float] = []
     call = session.run_with_iobinding

@@ -156,10 +156,86 @@ def mutation(found: Results) -> str:
     return text + f"\nNot counted, because they change nothing: {', '.join(same) or 'none'}.\n"
 
 
+def readers(found: Results) -> str:
+    """What became of spoiled inputs, reader by reader, and of the attacks."""
+    rows = found.get("reliability", {}).get("readers", {}).get("rows", ())
+    if not rows:
+        return MISSING
+    hostile = found["reliability"].get("attacks")
+    columns = ("reader", "inputs", "opened", "refused", "anything else", "slowest", "most memory")
+    cells = [
+        (
+            row["reader"],
+            *(f"{row[name]:,}" for name in ("inputs", "opened", "refused", "findings")),
+            f"{row['slowest_seconds']:.2f} s",
+            f"{row['largest_bytes'] / 2**20:.0f} MiB",
+        )
+        for row in (
+            *rows,
+            *([{**hostile, "reader": "hostile by design", "findings": len(hostile["findings"])}] if hostile else []),
+        )
+    ]
+    return table(columns, cells)
+
+
+def attacks(found: Results) -> str:
+    """The attacks, by what became of them."""
+    rows = found.get("reliability", {}).get("attacks", {}).get("rows", ())
+    by_outcome = {outcome: [row["attack"] for row in rows if row["outcome"] == outcome] for outcome in OUTCOMES}
+    return "".join(f"{outcome.capitalize()}: {'; '.join(names)}.\n\n" for outcome, names in by_outcome.items() if names)
+
+
+def writers(found: Results) -> str:
+    """What was there after a writing command was ended, or could not write."""
+    rows = found.get("reliability", {}).get("writers", {}).get("rows", ())
+    if not rows:
+        return MISSING
+    columns = (
+        "command",
+        "what happens",
+        "trials",
+        "ended",
+        "left nothing",
+        "left the old",
+        "new, whole",
+        "anything else",
+    )
+    names = ("trials", "ended", "nothing", "old", "new", "findings")
+    return table(columns, [(row["command"], row["what"], *(str(row[name]) for name in names)) for row in rows])
+
+
+def sessions(found: Results) -> str:
+    """Threads, memory, and the bytes of two exports."""
+    told = found.get("reliability", {})
+    if not {"sessions", "bytes"} <= told.keys():
+        return MISSING
+    threads, memory, exports = told["sessions"]["threads"], told["sessions"]["memory"], told["bytes"]
+    rows = (
+        (
+            f"{threads['threads']} threads on one plan, {threads['tokens']:,} tokens, resets and snapshots",
+            f"{threads['equal']} of {threads['threads']} streams equal those of a single thread, bit for bit",
+        ),
+        (
+            f"{memory['steps']:,} steps on one session",
+            f"{max(0, memory['growth_bytes']) / 1024:.0f} KiB more memory in their second half than in their first",
+        ),
+        (
+            "two exports: other processes, hash seeds, directories, time zones, locales",
+            f"{len(exports['differing'])} of {exports['files']} files differ",
+        ),
+    )
+    return table(("what", "found"), rows)
+
+
+OUTCOMES = ("refused", "opened")
 BLOCKS: dict[str, Callable[[Results], str]] = {
     "families": families,
     "machine": machine,
+    "attacks": attacks,
     "mutation": mutation,
+    "readers": readers,
+    "sessions": sessions,
+    "writers": writers,
     "targets": targets,
     "decode": timings(DECODE, TXL),
     "prefill": timings(PREFILL, TXL),

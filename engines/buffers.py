@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mscompile.contracts import Array, StateSpec
+from mscompile.contracts import Array, StateSpec, StreamSpec, require_memory
 
 
 class Buffer:
@@ -120,5 +120,9 @@ class Ring(Buffer):
             self.written[row] = 0
 
 
-def buffer(spec: StateSpec, batch: int) -> Buffer:
-    return Ring(spec, batch) if spec.update == "append" else Replaced(spec, batch)
+def buffers(spec: StreamSpec, batch: int) -> dict[str, Buffer]:
+    """The states of `batch` new streams, by name. InputError where they need more memory than there is."""
+    require_memory(spec.states, batch)
+    return {
+        state.name: Ring(state, batch) if state.update == "append" else Replaced(state, batch) for state in spec.states
+    }

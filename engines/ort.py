@@ -106,7 +106,7 @@ class OrtEngine:
 
         from engines import ort_half, ort_numerics
 
-        provider = _provider()
+        provider = best_provider()
         emulated = ort_half.rewrite(graphs, out, [graph.name for graph in spec.graphs]) if provider == CPU else {}
         facts: dict[str, Any] = {"runtime": "onnxruntime", "version": onnxruntime.__version__, "built_on": provider}
         numerics = {}
@@ -128,13 +128,13 @@ class OrtEngine:
             raise EngineUnavailable(reason)
         if not (built / CONFIG).is_file():
             raise BundleError(f"{built / CONFIG} is missing: this bundle was not exported with --target ort")
-        provider = _provider()
+        provider = best_provider()
         if provider == CPU and (optimised := packed(built)) is not None:
             return OrtPlan(spec, optimised, provider)
         return OrtPlan(spec, graphs, provider, built)
 
 
-def _provider() -> str:
+def best_provider() -> str:
     """CUDA where this onnxruntime has it and a device answers, otherwise the CPU.
 
     The list of available providers says what was compiled in, not what works, so the driver is asked as well.
@@ -150,7 +150,7 @@ def _facts(path: Path) -> dict[str, Any]:
     """What the build recorded."""
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{path} is damaged: {error}; export the bundle again") from error
     return facts if isinstance(facts, dict) else {}
 
@@ -173,7 +173,7 @@ def unpacked(spec: StreamSpec, graphs: Path, built: Path) -> OrtPlan:
 
 
 def part(model: bytes, weights: Path, optimised: bool = True) -> Any:
-    """A session on the CPU over a part of a graph, whose external data lies in the folder `weights`."""
+    """A session over a part of a graph, whose external data lies in the folder `weights`, where engines run here."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -183,7 +183,7 @@ def part(model: bytes, weights: Path, optimised: bool = True) -> Any:
     if not optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
-        return onnxruntime.InferenceSession(model, options, providers=[CPU])
+        return onnxruntime.InferenceSession(model, options, providers=[best_provider()])
     except Exception as error:
         raise EngineError(f"ONNX Runtime cannot load a part of a graph: {_first_line(error)}") from error
 

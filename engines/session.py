@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from engines.buffers import Buffer, Replaced, Ring, buffer
+from engines.buffers import Buffer, Replaced, Ring, buffers
 from engines.supply import Supply, supplies
 from mscompile.contracts import (
     LOGITS,
@@ -55,7 +55,7 @@ class StreamSession:
                 f"export again with --batch 1:{max(batch, 1)}"
             )
         self.spec, self._executor, self._batch = spec, executor, batch
-        self._states = {state.name: buffer(state, batch) for state in spec.states}
+        self._states = buffers(spec, batch)
         self._supplies = supplies(spec.inputs, sources or {})
         self._graphs = {graph.name: graph for graph in spec.graphs}
         self._position = np.zeros(batch, dtype=np.int64)

@@ -112,7 +112,7 @@ def read_sidecar(library: Library, built: Path, spec: StreamSpec) -> Sidecar:
         return Sidecar(str(content["version"]), capabilities, ranges)
     except OSError as cause:
         raise EngineError(f"{path} cannot be read: {cause}") from cause
-    except (EngineError, ValueError, KeyError, TypeError, AttributeError) as cause:
+    except (EngineError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as cause:
         reason = f"{cause} is missing" if isinstance(cause, KeyError) else str(cause)
         raise EngineError(f"{path} is damaged or of another version: {reason}; export again") from cause
 

@@ -6,15 +6,14 @@ Hourglass recomputes the whole prefix, since its authors' code has no incrementa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from mscompile.contracts import Array, HostInput, Snapshot, Sources, check_tokens
+from mscompile.contracts import Array, Snapshot, check_tokens
 from mscompile.errors import InputError
 from mscompile.models.family import ReferenceModel
 
@@ -81,14 +80,3 @@ def original(model: ReferenceModel) -> Callable[[Array], Array]:
         return logits
 
     return full
-
-
-def reference_sessions(
-    path: Path, family: str = "auto", sources: Callable[[Iterable[HostInput]], Sources] = lambda _: {}
-) -> Callable[[int], TorchSession]:
-    """A maker of sessions over the checkpoint at `path`; `sources` supply what its model takes besides tokens."""
-    from mscompile import checkpoint
-
-    model = checkpoint.load(path, family).model
-    model.sources = sources(model.inputs)
-    return lambda batch: TorchSession(model, batch)

@@ -35,9 +35,12 @@ from mscompile.contracts import (
     StreamSpec,
     TensorSpec,
     Tick,
+    require_memory,
 )
 from mscompile.errors import Refusal
 from mscompile.models.family import ReferenceModel
+
+PERIOD_LIMIT = 2**20  # tokens; a schedule is laid out token by token
 
 PREFILL, DECODE, CLOSE = "prefill", "decode", "close"
 
@@ -102,6 +105,7 @@ def build(model: ReferenceModel, profile: Profile, context: int | None = None) -
         graphs[CLOSE] = _divides(1)
     if schedule.prefill:
         graphs[PREFILL] = lambda _: True
+    require_memory(root.states(), 1)
     modules = {name: GraphModule(root, name, due).eval() for name, due in sorted(graphs.items())}
     vocab_size, limit = int(model.config.vocab_size), context if root.bounded else None
     specs = tuple(_graph_spec(module, dtype, schedule.chunk_multiple, vocab_size, limit) for module in modules.values())
@@ -125,6 +129,8 @@ def _schedule(root: Root, factors: Sequence[int], max_chunk: int) -> Schedule:
         scales = ", ".join(str(factor) for factor in (*factors, period))
         raise Refusal(f"rows and segments of {scales} tokens: each length must divide the next, or there is no period")
     offset = 1 if root.ticks == "end" else 0
+    if period > PERIOD_LIMIT:
+        raise Refusal(f"segments or scales of {period} tokens; at most {PERIOD_LIMIT} can be scheduled")
     due = [max(factor for factor in (1, *factors) if (phase + offset) % factor == 0) for phase in range(period)]
     runs = [(_decode(rows, factors), len(list(run))) for rows, run in groupby(due)]
     ticks = tuple(Tick((graph,), repeat=count) for graph, count in runs)

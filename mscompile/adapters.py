@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -35,19 +36,18 @@ def load(adapter: str, weights: Path, context: int | None = None) -> Checkpoint:
     if not weights.exists():
         raise CheckpointError(f"{weights}: no such file")
     build = _build(adapter)
-    try:
+    with _explained(CheckpointError, f"build of {adapter} failed for {weights}"):
         built = build(weights)
-    except MsCompileError:
-        raise
-    except Exception as error:
-        raise CheckpointError(f"build of {adapter} failed for {weights}: {_told(error)}") from error
     if not isinstance(built, nn.Module | Adapter):
         raise UsageError(
             f"build of {adapter} returned a {type(built).__name__}; wanted a torch module, or an Adapter around one"
         )
-    declared = built if isinstance(built, Adapter) else Adapter(built)
-    model = OwnModule(declared, context)
-    vocab = tuple(declared.vocab)
+    with _explained(UsageError, f"what {adapter} declares cannot be used"):
+        declared = built if isinstance(built, Adapter) else Adapter(built)
+        model = OwnModule(declared, context)
+        vocab = tuple(declared.vocab)
+    if not all(isinstance(token, str) for token in vocab):
+        raise UsageError(f"{adapter}: vocab must be the text of every token")
     if vocab and len(vocab) != model.config.vocab_size:
         raise CheckpointError(f"{adapter}: vocab has {len(vocab)} tokens, the logits {model.config.vocab_size}")
     name, source = Path(adapter).stem, f"adapter {Path(adapter).name}"
@@ -66,11 +66,8 @@ def _build(adapter: str) -> Callable[[Path], Any]:
     if adapter not in found:
         installed = ", ".join(sorted(found)) or "none"
         raise UsageError(f"{adapter!r} is neither a .py file nor an installed adapter (installed: {installed})")
-    try:
-        build = found[adapter].load()
-    except Exception as error:
-        raise UsageError(f"the installed adapter {adapter!r} cannot be imported: {_told(error)}") from error
-    return build  # type: ignore[no-any-return]
+    with _explained(UsageError, f"the installed adapter {adapter!r} cannot be imported"):
+        return found[adapter].load()  # type: ignore[no-any-return]
 
 
 def _imported(path: Path) -> ModuleType:
@@ -84,15 +81,26 @@ def _imported(path: Path) -> ModuleType:
     sys.modules[spec.name] = module
     sys.path.insert(0, str(path.parent.resolve()))
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise UsageError(f"{path} cannot be imported: {_told(error)}") from error
+        with _explained(UsageError, f"{path} cannot be imported"):
+            spec.loader.exec_module(module)
     finally:
-        sys.path.remove(str(path.parent.resolve()))
+        with suppress(ValueError):
+            sys.path.remove(str(path.parent.resolve()))
     return module
 
 
-def _told(error: Exception) -> str:
+@contextmanager
+def _explained(kind: type[MsCompileError], what: str) -> Iterator[None]:
+    """Whatever the user's code raises, an exit included, is one sentence that starts with `what`."""
+    try:
+        yield
+    except MsCompileError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise kind(f"{what}: {_told(error)}") from error
+
+
+def _told(error: BaseException) -> str:
     """The first line of what went wrong, and where in the user's code."""
     trace, line = error.__traceback__, ""
     while trace is not None:

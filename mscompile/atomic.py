@@ -1,7 +1,7 @@
-"""Writing a directory so that others see the old one or the new one, whole, and never a mixture.
+"""Writing a directory or a file so that others see the old one or the new one, whole, and never a mixture.
 
-The new directory is written as a hidden sibling of its target, `.<name>.<random>.partial`, flushed to disk and
-moved into place by one rename. The writer holds a lock on the sibling (flock on the directory itself, so nothing
+The new one is written as a hidden sibling of its target, `.<name>.<random>.partial`, flushed to disk and moved into
+place by one rename. The writer holds a lock on the sibling (flock on the directory or file itself, so nothing
 of it ends up inside); a sibling that nobody locks was left by a killed process and goes at the next write.
 Of two writers with `force` the last rename wins; without `force` the second one is refused. Writing needs POSIX.
 """
@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -48,7 +48,7 @@ def writing(target: Path, force: bool = False, marker: str = MARKER) -> Iterator
         _check_target(target, force, marker)
         target.parent.mkdir(parents=True, exist_ok=True)
         _clean(target)
-        directory, lock = _locked_sibling(target)
+        directory, lock = _locked_sibling(target, os.mkdir)
     try:
         with explained(what, within=directory):
             yield directory
@@ -62,6 +62,40 @@ def writing(target: Path, force: bool = False, marker: str = MARKER) -> Iterator
         os.close(lock)
 
 
+def write_text(target: Path, text: str) -> None:
+    """Make `text`, as UTF-8, the content of a file, which is replaced where it is there.
+
+    What is there and is no plain file, such as a pipe, is written to as it is. Raises UsageError where it cannot be
+    written; then `target` is as it was.
+    """
+    what, content = f"cannot write {target}", text.encode()
+    try:
+        with explained(what):
+            if target.exists() and not target.is_file():
+                target.write_bytes(content)
+            else:
+                _replace(Path(os.path.realpath(target)), content)
+    except OSError as error:
+        raise UsageError(f"{what}: {error.strerror or error}") from error
+
+
+def _replace(target: Path, content: bytes) -> None:
+    _remove_stale(target)
+    partial, lock = _locked_sibling(target, _touch)
+    try:
+        partial.write_bytes(content)
+        os.fsync(lock)
+        os.replace(partial, target)
+        _flush_one(target.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+        os.close(lock)
+
+
+def _touch(path: Path) -> None:
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+
+
 @contextmanager
 def explained(what: str, within: Path | None = None) -> Iterator[None]:
     """Turn an OSError of writing (disk full, no permission) into one UsageError that starts with `what`.
@@ -71,14 +105,22 @@ def explained(what: str, within: Path | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        named = Path(os.path.abspath(error.filename)) if isinstance(error.filename, str) else None
+        written = error.filename2 or error.filename  # of a copy, the second
+        named = Path(os.path.abspath(written)) if isinstance(written, str) else None
         foreign = within is not None and named is not None and within not in (named, *named.parents)
-        short = error.errno is None and SHORT_WRITE.search(str(error)) is not None
-        if foreign or not (short or error.errno in CANNOT_WRITE):
+        number = _number(error)
+        if foreign or number not in CANNOT_WRITE:
             raise
-        why = "No space left on device" if short else error.strerror
-        advice = "free some space or " if short or error.errno in NO_SPACE else ""
-        raise UsageError(f"{what}: {why}; {advice}choose another place") from error
+        advice = "free some space or " if number in NO_SPACE else ""
+        raise UsageError(f"{what}: {os.strerror(number)}; {advice}choose another place") from error
+
+
+def _number(error: OSError) -> int:
+    """The errno of an error, also where numpy or shutil.copytree have put it into words; 0 if there is none."""
+    if error.errno is not None:
+        return error.errno
+    copied = re.search(r"\[Errno (\d+)\]", str(error)) if isinstance(error, shutil.Error) else None
+    return int(copied[1]) if copied else errno.ENOSPC if SHORT_WRITE.search(str(error)) else 0
 
 
 def is_partial(directory: Path) -> bool:
@@ -132,23 +174,31 @@ def _clean(target: Path) -> None:
             else:
                 _put_back(aside, target)
             os.close(lock)
+    _remove_stale(target)
+
+
+def _remove_stale(target: Path) -> None:
+    """Remove what killed writers of `target` left half written."""
     for partial in _siblings(target, PARTIAL):
         if (lock := _lock(partial)) is not None:
-            shutil.rmtree(partial, ignore_errors=True)
+            if partial.is_dir():
+                shutil.rmtree(partial, ignore_errors=True)
+            else:
+                partial.unlink(missing_ok=True)
             os.close(lock)
 
 
-def _lock(directory: Path, wait: bool = False) -> int | None:
-    """A descriptor that keeps `directory` locked until closed; None if another writer has it or it is gone."""
+def _lock(path: Path, wait: bool = False) -> int | None:
+    """A descriptor that keeps `path` locked until closed; None if another writer has it or it is gone."""
     import fcntl  # not on every system, and readers of bundles import this module too
 
     try:
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except FileNotFoundError:
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        if os.path.samestat(os.stat(directory), os.fstat(descriptor)):
+        if os.path.samestat(os.stat(path), os.fstat(descriptor)):
             return descriptor
     except OSError as error:
         if wait and not isinstance(error, FileNotFoundError):
@@ -157,12 +207,12 @@ def _lock(directory: Path, wait: bool = False) -> int | None:
     return None
 
 
-def _locked_sibling(target: Path) -> tuple[Path, int]:
-    while True:  # a writer that cleans up may take the new directory before it is locked
-        directory = target.with_name(f".{target.name}.{secrets.token_hex(4)}{PARTIAL}")
-        os.mkdir(directory)
-        if (lock := _lock(directory, wait=True)) is not None:
-            return directory, lock
+def _locked_sibling(target: Path, make: Callable[[Path], object]) -> tuple[Path, int]:
+    while True:  # a writer that cleans up may take the new sibling before it is locked
+        sibling = target.with_name(f".{target.name}.{secrets.token_hex(4)}{PARTIAL}")
+        make(sibling)
+        if (lock := _lock(sibling, wait=True)) is not None:
+            return sibling, lock
 
 
 def _flush(directory: Path) -> None:

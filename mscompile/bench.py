@@ -59,6 +59,7 @@ class Contestant:
     engine: str
     bundle: Path
     reference: Path | None = None
+    adapter: str | None = None  # of the reference
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ class Field:
                 # Peers of one checkpoint share what they export.
                 shared = Path(workspace, one.reference.stem if one.reference else one.bundle.stem)
                 shared.mkdir(exist_ok=True)
-                arguments = (one.bundle, one.engine, one.reference or "", shared)
+                arguments = (one.bundle, one.engine, one.reference or "", shared, one.adapter or "")
                 try:
                     ask = stack.enter_context(worker.process(one.name, "mscompile.bench", *arguments))
                 except (EngineUnavailable, EngineError) as error:
@@ -222,9 +223,11 @@ def run(
     progress: Progress = lambda *_: None,
     against: Sequence[str] | None = None,
     ceilings: bool = False,
+    adapter: str | None = None,
 ) -> BenchReport:
     """Measure `engines` of a bundle and, with `reference`, the peers `against`: the original ("torch") by default.
 
+    `adapter` builds the original where it is a module of one's own.
     A decode round takes at least one period of the schedule. What cannot run here is reported as skipped;
     EngineUnavailable if nothing can.
     """
@@ -235,7 +238,7 @@ def run(
         raise UsageError("--against compares with the original model; give its checkpoint with --reference")
     rivals = [peers.find(name).name for name in against] if against is not None else [ORIGINAL] if reference else []
     names = [*rivals, *(engines or opened.engines)]
-    contestants = [Contestant(name, name, bundle, reference) for name in names]
+    contestants = [Contestant(name, name, bundle, reference, adapter) for name in names]
     contestants += [Contestant(CEILING, CEILING, bundle)] if ceilings else []
     measured: list[tuple[Workload, Heat]] = []
     with Field(contestants) as field:
@@ -318,11 +321,12 @@ def _cpu_info() -> list[str]:
     return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
 
 
-def _steps(bundle: str, engine: str, reference: str, workspace: str) -> worker.Handler:
+def _steps(bundle: str, engine: str, reference: str, workspace: str, adapter: str) -> worker.Handler:
     """Answers with the times of an engine's or a peer's steps."""
     opened = open_bundle(bundle, hash_files=False)
     if engine in peers.PEERS:
-        new_session = peers.sessions(engine, Path(reference), Path(workspace), threads())
+        source = peers.Source(Path(reference), adapter or None, opened.spec.max_context)
+        new_session = peers.sessions(engine, source, Path(workspace), threads())
     else:
         new_session = partial(opened.plan(engine).session, sources=sources.pseudo(opened.spec.inputs))
     spec = opened.spec
@@ -363,8 +367,8 @@ def _ceilings(bundle: str) -> worker.Handler:
     }
 
 
-def _serve(bundle: str, engine: str, reference: str, workspace: str) -> None:
-    worker.serve(lambda: _ceilings(bundle) if engine == CEILING else _steps(bundle, engine, reference, workspace))
+def _serve(bundle: str, engine: str, *original: str) -> None:
+    worker.serve(lambda: _ceilings(bundle) if engine == CEILING else _steps(bundle, engine, *original))
 
 
 if __name__ == "__main__":

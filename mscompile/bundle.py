@@ -16,8 +16,9 @@ import hashlib
 import json
 import os
 import stat
+import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ MANIFEST = "manifest.json"
 GRAPHS, ENGINES = "graphs", "engines"
 GOLDEN, TOKENIZER = "golden.npz", "tokenizer.json"
 MANIFEST_LIMIT_BYTES = 64 * 2**20
+DEPTH_LIMIT = 64  # of objects and lists in one another
 BIG_FILE_BYTES = 64 * 2**20
 AGAIN = "export or copy it again"
 
@@ -56,7 +58,7 @@ class Manifest:
     family: str
     precision: str
     verified: bool  # every engine passed parity
-    source: dict[str, Any]  # of the checkpoint: its sha256, number of parameters, config
+    source: dict[str, Any]  # of the checkpoint: its sha256 (a text), number of parameters, config
     versions: dict[str, str]  # of what exported and built this
     profile: Profile
     engines: dict[str, dict[str, Any]]  # facts from each build
@@ -139,6 +141,7 @@ def _manifest_bytes(path: Path) -> bytes:
 def _parse(path: Path, content: bytes) -> Manifest:
     try:
         data = json.loads(content, object_pairs_hook=_distinct, parse_constant=_refuse_constant)
+        _check_values(data)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path / MANIFEST} is not valid JSON: {error}; {AGAIN}") from error
     schema = data.get("schema") if isinstance(data, dict) else None
@@ -162,25 +165,57 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
+def _check_values(data: Any) -> None:
+    """ValueError for what JSON can say and nobody can use: half of a character, a number or a depth without bound."""
+    level = [data]
+    for _ in range(DEPTH_LIMIT):
+        texts = [key for value in level if isinstance(value, dict) for key in value]
+        for value in (*level, *texts):
+            if isinstance(value, str):
+                value.encode()
+            if isinstance(value, int) and not -(2**63) <= value < 2**63:
+                raise ValueError("it has a whole number of more than 64 bits")
+        level = [
+            item
+            for value in level
+            if isinstance(value, dict | list)
+            for item in (value.values() if isinstance(value, dict) else value)
+        ]
+    if level:
+        raise ValueError(f"it has values {DEPTH_LIMIT} levels deep and more")
+
+
 def _refuse_constant(word: str) -> NoReturn:
     raise ValueError(f"{word} is not JSON")
 
 
 def _manifest_fault(manifest: Manifest) -> str | None:
     """The first contradiction in `manifest`, as part of a sentence; None if there is none."""
-    for what, names in (("bundle", (manifest.name,)), ("engine", tuple(manifest.engines))):
-        for name in names:
-            if fault := name_fault(what, name):
-                return fault
+    if fault := name_fault("bundle", manifest.name) or _engine_fault(manifest.engines):
+        return fault
+    if not isinstance(manifest.source.get("sha256"), str):
+        return "its source has no sha256 of the checkpoint"
     if manifest.verified and manifest.parity is None:
         return "it says that it was verified and has no parity report"
     for name in manifest.files:
         if fault := _path_fault(name):
             return f"file {name!r} is listed, {fault}"
+    if same := _one_file_elsewhere(manifest.files):
+        return f"files {' and '.join(map(repr, same))} are one file on systems that do not tell their names apart"
     if fault := spec_fault(manifest.spec):
         return fault
     wanted = (f"{GRAPHS}/{graph.name}.onnx" for graph in manifest.spec.graphs)
     return next((f"file {name!r} of a graph is not listed" for name in wanted if name not in manifest.files), None)
+
+
+def _engine_fault(engines: dict[str, dict[str, Any]]) -> str | None:
+    """Engines lie in directories of their names; `numerics` are the number of `products` by type for each graph."""
+    for name, facts in engines.items():
+        numerics = facts.get("numerics", {})
+        rows = numerics.values() if isinstance(numerics, dict) else (None,)
+        if not all(isinstance(row, dict) and isinstance(row.get("products"), dict) for row in rows):
+            return f"engine {name!r} has numerics that are no products by graph"
+    return next((fault for name in engines if (fault := name_fault("engine", name))), None)
 
 
 def _path_fault(name: str) -> str | None:
@@ -190,6 +225,16 @@ def _path_fault(name: str) -> str | None:
         return "which is not a relative path with forward slashes"
     if any(part in ("", ".", "..") for part in name.split("/")):
         return "which has an empty, '.' or '..' part"
+    return None
+
+
+def _one_file_elsewhere(names: Iterable[str]) -> tuple[str, str] | None:
+    """Two names that differ only in case, or in how their characters are composed."""
+    known: dict[str, str] = {}
+    for name in names:
+        other = known.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        if other != name:
+            return other, name
     return None
 
 

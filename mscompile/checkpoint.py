@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from mscompile.conversion import read
 from mscompile.conversion.base import Converted, Foreign, Source
@@ -81,19 +82,44 @@ def load(path: Path, family: str = "auto") -> Checkpoint:
         source, fields, files = _converted(path, content, files)
         if family not in ("auto", fields["family"]):
             raise CheckpointError(f"{path}: this is a {fields['family']} of {source}, not a {family}")
+    if not isinstance(fields["family"], str | int):
+        raise CheckpointError(f"{path}: family must be a name, not {type(fields['family']).__name__}")
     row = families.find(str(fields["family"]) if family == "auto" else family)
     if not isinstance(fields["config"], dict):
         raise CheckpointError(f"{path}: config must be a mapping of settings, not {type(fields['config']).__name__}")
+    if odd := [name for name, value in fields["config"].items() if not read.is_setting(value)]:
+        raise CheckpointError(f"{path}: config has {odd[0]!r}, which is no text, number, or list of them")
     config = row.parse_config(fields["config"])
     vocab = _vocab(path, fields["vocab"], config.vocab_size) if fields["vocab"] or source == FORMAT else ()
-    with torch.device("meta"):  # shapes only: the weights are those of the file
-        model = row.model(config).eval()
+    model = _shaped(path, row, config, fields["state_dict"])
     wanted = model.state_dict()
     _check_tensors(path, row.name, fields["state_dict"], wanted)
     with read.guarded(path):
         given = {name: fields["state_dict"][name].to(tensor.dtype).contiguous() for name, tensor in wanted.items()}
     model.load_state_dict(given, assign=True)
     return Checkpoint(row, model.requires_grad_(False), vocab, source, files)
+
+
+def _shaped(path: Path, row: Family, config: Any, given: Any) -> ReferenceModel:
+    """The model, its tensors without contents: those are in the file.
+
+    A file may name any number of layers, and making a module takes time and memory, so a model with far more
+    parameters than the file has tensors is given up while it is being made.
+    """
+    count, most = 0, 2 * len(given) + 1000 if isinstance(given, dict) else 1000
+
+    def counted(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > most:
+            raise CheckpointError(f"{path}: its settings need more than {most} tensors, and it holds {len(given)}")
+
+    hook = register_module_parameter_registration_hook(counted)
+    try:
+        with torch.device("meta"), read.guarded(path):
+            return row.model(config).eval()
+    finally:
+        hook.remove()
 
 
 def _own(path: Path, content: dict[str, Any]) -> dict[str, Any]:
@@ -156,17 +182,24 @@ def _check_tensors(path: Path, family: str, given: Any, wanted: Mapping[str, Ten
     if not isinstance(given, dict) or not all(isinstance(tensor, Tensor) for tensor in given.values()):
         raise CheckpointError(f"{path}: state_dict must map names to tensors")
     faults = [f"missing {name}" for name in wanted if name not in given]
-    faults += [f"unexpected {name}" for name in given if name not in wanted]
-    faults += [
-        f"{name} has shape {tuple(given[name].shape)}, wanted {tuple(tensor.shape)}"
-        for name, tensor in wanted.items()
-        if name in given and given[name].shape != tensor.shape
-    ]
-    faults += [
-        f"{name} is {given[name].dtype}, wanted a floating dtype"
-        for name in wanted
-        if name in given and not given[name].is_floating_point()
-    ]
+    faults += [f"unexpected {_printed(name)}" for name in given if name not in wanted]
+    for name, tensor in wanted.items():
+        if name in given:
+            faults += _tensor_faults(name, given[name], tensor)
     if faults:
         shown = "; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
         raise CheckpointError(f"{path}: tensors do not fit {family}: {shown}")
+
+
+def _tensor_faults(name: str, given: Tensor, wanted: Tensor) -> Iterator[str]:
+    if given.shape != wanted.shape:
+        yield f"{name} has shape {tuple(given.shape)}, wanted {tuple(wanted.shape)}"
+    if not given.is_floating_point():
+        yield f"{name} is {given.dtype}, wanted a floating dtype"
+    if not read.is_plain(given):
+        yield f"{name} is {given.layout} on {given.device}, wanted a plain tensor"
+
+
+def _printed(name: Any) -> str:
+    """A name from a file, on one line."""
+    return name if isinstance(name, str) and name.isprintable() else repr(name)[:100]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -18,10 +19,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mscompile.atomic import write_text
 from mscompile.errors import MsCompileError, UsageError
 
 if TYPE_CHECKING:
+    from mscompile.gate import Release
     from mscompile.runtime import Bundle
+    from mscompile.tokenizer import Tokenizer
     from validation.evidence import Validation
     from validation.parity import ParityReport
 
@@ -130,9 +134,14 @@ def validate(
         Path | None, typer.Option("--baseline", help="The last release's bundle: its logits and its latency.")
     ] = None,
     max_slowdown: Annotated[
-        float, typer.Option("--max-slowdown", help="Fail where steps surely take more than this times the baseline's.")
-    ] = 1.10,
-    rounds: Annotated[int, typer.Option("--rounds", help="Interleaved rounds of --baseline.")] = 10,
+        float | None,
+        typer.Option(
+            "--max-slowdown", help="Fail where steps surely take more than this times the baseline's.  [default: 1.1]"
+        ),
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option("--rounds", help="Interleaved rounds of --baseline.  [default: 10]")
+    ] = None,
     junit: Annotated[Path | None, typer.Option("--junit", help="Also write JUnit XML to this file.")] = None,
     markdown: Annotated[Path | None, typer.Option("--markdown", help="Also write a summary for pull requests.")] = None,
     html: Annotated[Path | None, typer.Option("--html", help="Also write a page with charts to this file.")] = None,
@@ -145,11 +154,13 @@ def validate(
 
     if unfinished:
         threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    release = _release(baseline, max_slowdown=max_slowdown, rounds=rounds)
     opened = open_bundle(bundle, unfinished=unfinished)
     original = gate.Original(reference, family, adapter, tokens, steps) if reference else None
-    release = gate.Release(baseline, max_slowdown, rounds) if baseline else None
     with _progress() as progress:
-        found = gate.validate(opened, engine or [], original, thresholds, release, progress)
+        found = gate.validate(
+            opened, engine or [], original, thresholds, release, progress, isolated=not unfinished, command=_command()
+        )
     _write_evidence(found, junit, markdown, html)
     if as_json:
         _print_json({"passed": found.passed, "failures": found.failures, **codec.encode(found)})
@@ -189,7 +200,7 @@ def bisect(
 
         for title, rows in found.tables().items():
             _print(render.fields_table(title, rows))
-    if found.step is not None:
+    if not found.passed:
         raise GateFailed(found.verdict)
     typer.echo(found.verdict, err=as_json)
 
@@ -199,6 +210,7 @@ def bench(
     bundle: BundlePath,
     engine: Engines = None,
     reference: Reference = None,
+    adapter: AdapterName = None,
     workload: Annotated[
         list[str] | None, typer.Option("--workload", help="decode, decode@POSITION or prefill:TOKENS; may be repeated.")
     ] = None,
@@ -225,12 +237,12 @@ def bench(
     ceilings = html is not None or against is not None
     with _progress() as progress:
         report = benchmark.run(
-            bundle, engine or [], workloads, reference, rounds, samples, batch, progress, rivals, ceilings
+            bundle, engine or [], workloads, reference, rounds, samples, batch, progress, rivals, ceilings, adapter
         )
     if html is not None:
         from validation.html import bench_page
 
-        _write(html, bench_page(codec.encode(report)))
+        write_text(html, bench_page(codec.encode(report)))
     if as_json:
         _print_json(codec.encode(report))
         return
@@ -247,26 +259,98 @@ def bench(
 
 
 @app.command()
+def sweep(
+    plan: Annotated[Path, typer.Argument(help="A plan, see docs/sweep.md.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The directory to write, and to go on in.  [default: PLAN.sweep]")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="Cells at a time, on this machine.  [default: cores / 4]")
+    ] = None,
+    ray: Annotated[
+        str | None, typer.Option("--ray", help="Run on this Ray cluster, HOST:PORT; auto: the one that is here.")
+    ] = None,
+    markdown: Annotated[Path | None, typer.Option("--markdown", help="Also write a summary for pull requests.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Also write a page with charts to this file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Export, validate and measure checkpoints x targets x precisions x shapes; what is finished is not run again."""
+    from mscompile.sweep import plan as plans
+    from mscompile.sweep import report, sweeping
+    from mscompile.sweep.progress import Board
+
+    read = plans.load(plan)
+    if ray is not None and workers is not None:
+        raise UsageError("--workers is of this machine, and --ray of a cluster, which has its own; give one of them")
+    with Board(len(read.cells)) as board:
+        outcome = sweeping.run(read, out or plan.with_suffix(".sweep"), board, workers, ray)
+    if markdown is not None:
+        write_text(markdown, report.markdown(outcome))
+    if html is not None:
+        write_text(html, report.page(outcome))
+    if as_json:
+        _print_json(outcome.to_json())
+    else:
+        _print(report.table(outcome))
+    outcome.raise_if_failed()
+
+
+@app.command()
 def generate(
     bundle: BundlePath,
-    prompt: Annotated[str, typer.Option("--prompt", help="The text to continue.")] = "\n",
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="The text to continue.  [default: a line break]")
+    ] = None,
+    ids: Annotated[
+        str | None, typer.Option("--ids", help="Token ids to continue instead, such as 1,2,3; more ids are printed.")
+    ] = None,
     engine: OneEngine = None,
     tokens: Annotated[int, typer.Option("--tokens", help="How many tokens to generate.")] = 200,
     temperature: Annotated[float, typer.Option("--temperature", help="0 is greedy.")] = 0.0,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of the sampling.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Continue a text."""
+    """Continue a text, or token ids."""
     from mscompile import runtime
 
     if tokens < 1:
         raise UsageError(f"--tokens must be at least 1, not {tokens}")
+    if prompt is not None and ids is not None:
+        raise UsageError("--prompt and --ids are two ways to say what to continue; give one of them")
     opened = runtime.open_bundle(bundle)
-    tokenizer = opened.tokenizer
-    ids = tokenizer.encode(prompt)
-    if not len(ids):
+    begin = _ids(ids) if ids is not None else _encoded(opened, "\n" if prompt is None else prompt)
+    stream = runtime.generate(opened.session(engine), begin, tokens, temperature, seed)
+    if ids is not None:
+        _print_ids(begin, stream, as_json)
+    else:
+        _print_text(opened.tokenizer, begin, stream, as_json)
+
+
+def _ids(text: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--ids must be whole numbers between commas, such as 1,2,3, not {text!r}") from error
+
+
+def _encoded(opened: Bundle, text: str) -> list[int]:
+    if not text:
         raise UsageError("--prompt is empty; give at least one character")
-    stream = runtime.generate(opened.session(engine), ids, tokens, temperature, seed)
+    return opened.tokenizer.encode(text).tolist()
+
+
+def _print_ids(begin: list[int], stream: Iterator[int], as_json: bool) -> None:
+    if as_json:
+        _print_json({"prompt": begin, "ids": list(stream)})
+        return
+    typer.echo(",".join(map(str, begin)), nl=False)
+    for token in stream:
+        typer.echo(f",{token}", nl=False)
+    typer.echo()
+
+
+def _print_text(tokenizer: Tokenizer, begin: list[int], stream: Iterator[int], as_json: bool) -> None:
+    prompt = tokenizer.decode(begin)
     if as_json:
         _print_json({"prompt": prompt, "text": tokenizer.decode(list(stream))})
         return
@@ -380,10 +464,26 @@ def _batch_range(text: str) -> tuple[int, int]:
         raise UsageError(f"--batch must read LEAST:MOST, for example 1:8, not {text!r}") from error
 
 
+def _release(baseline: Path | None, **decided: float | None) -> Release | None:
+    """The last release to compare with; its options mean nothing without it."""
+    from mscompile import gate
+
+    given: dict[str, Any] = {name: value for name, value in decided.items() if value is not None}
+    if baseline is None and given:
+        named = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise UsageError(f"{named} needs the bundle of the last release to compare with; name it by --baseline")
+    return None if baseline is None else gate.Release(baseline, **given)
+
+
 def _end_with_the_parent() -> None:
     """Wait for the end of stdin, which an export holds open while it lives."""
     sys.stdin.read()
     os._exit(1)
+
+
+def _command() -> str:
+    """What was typed, as a shell takes it."""
+    return shlex.join(["mscompile", *sys.argv[1:]])
 
 
 def _write_evidence(found: Validation, junit: Path | None, markdown: Path | None, html: Path | None) -> None:
@@ -391,22 +491,15 @@ def _write_evidence(found: Validation, junit: Path | None, markdown: Path | None
     if junit is not None:
         from validation.junit import document
 
-        _write(junit, document(found))
+        write_text(junit, document(found))
     if markdown is not None:
         from validation.markdown import summary
 
-        _write(markdown, summary(found))
+        write_text(markdown, summary(found))
     if html is not None:
         from validation.parity_html import parity_page
 
-        _write(html, parity_page(found))
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
+        write_text(html, parity_page(found))
 
 
 def _reports(bundle: Bundle) -> list[ParityReport]:

@@ -15,8 +15,10 @@ of tokens of one call, "context" for the tokens that the longest row has consume
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf, prod
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -107,7 +109,7 @@ class StateSpec:
     def bytes_per_stream(self) -> int:
         """Bytes one batch row keeps in this state (one buffer)."""
         sizes = [dim for dim in self.shape if isinstance(dim, int)]
-        return int(np.prod(sizes, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+        return prod(sizes) * np.dtype(self.dtype).itemsize
 
 
 @dataclass(frozen=True)
@@ -357,6 +359,27 @@ class Engine(Protocol):
         ...
 
     def load(self, graphs: Path, built: Path, spec: StreamSpec) -> Plan: ...
+
+
+def require_memory(states: Iterable[StateSpec], batch: int) -> None:
+    """InputError where the states of `batch` streams take more than all the memory that this process may have."""
+    needed, given = batch * sum(state.bytes_per_stream() for state in states), _memory_bytes()
+    if needed > given:
+        raise InputError(
+            f"the states of {batch} streams take {needed} bytes, and there are {given:.0f} bytes of memory; "
+            "use a smaller batch, or a model that remembers less"
+        )
+
+
+def _memory_bytes() -> float:
+    """Of the machine, or less where the process has a limit (ulimit -v); infinity where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # not on every system
+        return inf
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return machine if limit == resource.RLIM_INFINITY else min(machine, limit)
 
 
 def check_tokens(tokens: Any, batch: int, vocab_size: int) -> Array:

@@ -19,6 +19,12 @@ class MsCompileError(Exception):
 
     exit_code = 2
 
+    def __str__(self) -> str:
+        """One line of printable characters, whatever names from a file stand in it."""
+        return "".join(
+            letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in super().__str__()
+        )
+
 
 class UsageError(MsCompileError):
     """An option or argument that cannot work."""

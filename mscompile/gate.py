@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engines import registry
-from mscompile import bench
+from mscompile import bench, bundle, isolation
 from mscompile.baseline import compare
 from mscompile.runtime import Bundle, open_bundle
 from validation import thresholds
-from validation.evidence import Validation
-from validation.parity import ParityReport
+from validation.evidence import Subject, Validation
+from validation.parity import TOLERANCES, ParityReport
 from validation.thresholds import Limits, Thresholds
 
+Progress = Callable[[str, int, int], None]
 NOTHING = "nothing was compared: the bundle has no golden rollouts; compare with the original by --reference"
 
 
@@ -44,18 +45,22 @@ def validate(
     original: Original | None = None,
     limits: Path | None = None,
     release: Release | None = None,
-    progress: Callable[[str, int, int], None] = lambda *_: None,
+    progress: Progress = lambda *_: None,
+    isolated: bool = False,
+    command: str = "",
 ) -> Validation:
     """Hold a bundle to its golden rollouts, or to the original; to a file of limits; and to an older bundle.
 
-    `engines` are those to run, all that can where none is named. The file and the older bundle are read first, so that
-    a fault in them ends the run before it begins.
+    `engines` are those to run, all that can where none is named; `isolated` gives each a process of its own, so that
+    one that crashes fails and the others go on. The file and the older bundle are read first, so that a fault in them
+    ends the run before it begins. `command` is what a report says that was run.
     """
     manifest = opened.manifest
     own, allowed = read_limits(opened, limits)
     older = open_bundle(release.bundle) if release else None
     names, skipped = runnable(opened, engines)
-    reports = tuple(allowed.gate(rolled_out(opened, name, original, progress)) for name in names)
+    roll_out = rolled_out_alone if isolated else rolled_out
+    reports = tuple(allowed.gate(roll_out(opened, name, original, progress)) for name in names)
     baseline = None
     if release and older:
         baseline = compare(opened, older, names, release.max_slowdown, release.rounds, progress)
@@ -72,7 +77,32 @@ def validate(
         thresholds=str(limits) if limits else None,
         faults=tuple(pin_faults(opened, own)),
         baseline=baseline,
+        subject=subject(opened, command),
     )
+
+
+def subject(opened: Bundle, command: str = "") -> Subject:
+    """What a bundle holds, from its manifest."""
+    manifest, spec = opened.manifest, opened.spec
+    sizes = {name: entry.size_bytes for name, entry in manifest.files.items()}
+    engines = {name: _below(sizes, f"{bundle.ENGINES}/{name}/") for name in manifest.engines}
+    return Subject(
+        family=manifest.family,
+        parameters=manifest.source.get("parameters"),
+        versions=manifest.versions,
+        graph_bytes=_below(sizes, f"{bundle.GRAPHS}/"),
+        engine_bytes=engines,
+        total_bytes=sum(sizes.values()),
+        spec=spec,
+        nodes=tuple(manifest.source.get("nodes", ())),
+        operations=manifest.costs,
+        verified_at_export=tuple(manifest.parity or ()),
+        command=command,
+    )
+
+
+def _below(sizes: Mapping[str, int], folder: str) -> int:
+    return sum(size for name, size in sizes.items() if name.startswith(folder))
 
 
 def read_limits(opened: Bundle, path: Path | None) -> tuple[Thresholds | None, Limits]:
@@ -114,7 +144,7 @@ def rolled_out(
     opened: Bundle,
     engine: str,
     original: Original | None,
-    progress: Callable[[str, int, int], None] = lambda *_: None,
+    progress: Progress = lambda *_: None,
 ) -> ParityReport:
     """The parity of one engine, by the default limits; a comparison of nothing fails."""
     if original is None:
@@ -127,3 +157,17 @@ def rolled_out(
     if not report.tensors and not report.failures:
         return replace(report, failures=(NOTHING,))
     return report
+
+
+def rolled_out_alone(opened: Bundle, engine: str, original: Original | None, progress: Progress) -> ParityReport:
+    """The same in a process of its own; where that ends without an answer, a report which says so."""
+    try:
+        return isolation.call(_reopened_and_rolled_out, opened.path, engine, original, progress=progress)
+    except isolation.ProcessEnded as ended:
+        precision = opened.manifest.precision
+        return ParityReport(engine, precision, TOLERANCES[precision], (), (str(ended),))
+
+
+def _reopened_and_rolled_out(path: Path, engine: str, original: Original | None, progress: Progress) -> ParityReport:
+    """Its files were held against their hashes by the process that asks."""
+    return rolled_out(open_bundle(path, hash_files=False), engine, original, progress)

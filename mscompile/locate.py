@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
 
 from engines import ort
 from engines.session import StreamSession
@@ -72,6 +73,15 @@ class Form:
         }
 
 
+class GatherElements(OpRun):
+    """As in the standard; that of `onnx.reference` takes 64 rows at most, since it is made with numpy.choose."""
+
+    op_domain = ""
+
+    def _run(self, data: Array, indices: Array, axis: int = 0) -> tuple[Array]:
+        return (np.take_along_axis(data, indices, axis),)
+
+
 class Exported:
     """The checkpoint as it is exported now: graphs in FP32, contract, stream program."""
 
@@ -102,8 +112,11 @@ class Exported:
 
     def evaluate(self, name: str, given: Values) -> dict[str, Array]:
         """Every tensor that a node makes, operator by operator."""
-        evaluator = ReferenceEvaluator(self.graph(name))
-        found: Any = evaluator.run(None, dict(given), intermediate=True)
+        try:
+            evaluator = ReferenceEvaluator(self.graph(name), new_ops=[GatherElements])
+            found: Any = evaluator.run(None, dict(given), intermediate=True)
+        except Exception as fault:
+            raise EngineError(f"onnx.reference cannot evaluate graph {name} of an export: {fault}") from fault
         return {tensor: np.asarray(value) for tensor, value in found.items() if tensor}
 
     def module(self, graph: str, node: int) -> tuple[str, str]:
@@ -216,7 +229,7 @@ class Located:
         """Which way shows the fault: parts of the graph, or also the whole with every tensor as an output."""
         common = [name for node in self.reference.node for name in node.output if name in self.shared]
         try:
-            marked = self._values(common)
+            marked = self._values(list(self.shared))
         except MsCompileError:
             return f"sub-graphs of {self.form.title}; it does not run with every tensor marked as an output"
         first = next((name for name in common if self._left(name, marked[name])), None)
@@ -229,7 +242,7 @@ class Located:
 def outputs_of(
     model: onnx.ModelProto, folder: Path, given: Values, names: Sequence[str], optimised: bool = True
 ) -> dict[str, Array]:
-    """The outputs of a model by name, on ONNX Runtime's CPU."""
+    """The outputs of a model by name, on ONNX Runtime."""
     session = ort.part(model.SerializeToString(), folder, optimised)
     try:
         return dict(zip(names, session.run(list(names), dict(given)), strict=True))

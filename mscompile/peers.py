@@ -11,24 +11,50 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mscompile.contracts import Session
 from mscompile.errors import EngineUnavailable, UsageError
 from validation import sources
 
+if TYPE_CHECKING:
+    from mscompile.models.family import ReferenceModel
+
 NewSession = Callable[[int], Session]
 
 
 @dataclass(frozen=True)
+class Source:
+    """The original: a checkpoint, or what an adapter builds from it for streams of at most `context` tokens."""
+
+    checkpoint: Path
+    adapter: str | None = None
+    context: int | None = None
+
+    def model(self) -> ReferenceModel:
+        """It, with stand-ins for what a host supplies."""
+        from mscompile import adapters
+
+        model = adapters.trained(self.checkpoint, adapter=self.adapter, context=self.context).model
+        model.sources = sources.pseudo(model.inputs)
+        return model
+
+    def of_a_family(self) -> Path:
+        """The checkpoint, for peers that take no module of one's own. Raises EngineUnavailable."""
+        if self.adapter is not None:
+            raise EngineUnavailable("it takes checkpoints of known families, and no module of --adapter")
+        return self.checkpoint
+
+
+@dataclass(frozen=True)
 class Peer:
-    """One way to run the original. `sessions(checkpoint, workspace, threads)` makes a maker of sessions."""
+    """One way to run the original. `sessions(source, workspace, threads)` makes a maker of sessions."""
 
     name: str
     title: str
     needs: tuple[str, ...]  # modules
     install: str
-    sessions: Callable[[Path, Path, int], NewSession]
+    sessions: Callable[[Source, Path, int], NewSession]
     exact: bool = True  # it is the original, so its logits must be
 
     def cannot_run(self) -> str | None:
@@ -48,50 +74,49 @@ def words(text: str) -> list[str]:
     return [find(word.strip()).name for word in text.split(",") if word.strip()]
 
 
-def sessions(name: str, checkpoint: Path, workspace: Path, threads: int) -> NewSession:
+def sessions(name: str, source: Source, workspace: Path, threads: int) -> NewSession:
     """A maker of sessions of a peer. `workspace` keeps what peers share. Raises EngineUnavailable."""
     peer = find(name)
     if reason := peer.cannot_run():
         raise EngineUnavailable(reason)
-    return peer.sessions(checkpoint, workspace, threads)
+    return peer.sessions(source, workspace, threads)
 
 
-def _eager(checkpoint: Path, _: Path, threads: int) -> NewSession:
-    import torch
-
-    from engines.torch_eager import reference_sessions
-
-    torch.set_num_threads(threads)
-    return reference_sessions(checkpoint, sources=sources.pseudo)
-
-
-def _compiled(checkpoint: Path, _: Path, threads: int) -> NewSession:
+def _eager(source: Source, _: Path, threads: int) -> NewSession:
     import torch
 
     from engines.torch_eager import TorchSession
-    from mscompile.checkpoint import load
+
+    torch.set_num_threads(threads)
+    model = source.model()
+    return lambda batch: TorchSession(model, batch)
+
+
+def _compiled(source: Source, _: Path, threads: int) -> NewSession:
+    import torch
+
+    from engines.torch_eager import TorchSession
 
     if not any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++")):
         raise EngineUnavailable("torch.compile needs a C++ compiler on CPUs; install one, for example g++")
     torch.set_num_threads(threads)
-    model = load(checkpoint).model
-    model.sources = sources.pseudo(model.inputs)
+    model = source.model()
     model.compile()
     return lambda batch: TorchSession(model, batch)
 
 
-def _plain(runtime: str) -> Callable[[Path, Path, int], NewSession]:
-    def sessions(checkpoint: Path, workspace: Path, threads: int) -> NewSession:
+def _plain(runtime: str) -> Callable[[Source, Path, int], NewSession]:
+    def sessions(source: Source, workspace: Path, threads: int) -> NewSession:
         from mscompile import plain
 
-        graph = plain.exported(checkpoint, workspace)
+        graph = plain.exported(source.of_a_family(), workspace)
         network = getattr(plain, runtime)(graph, threads)
         return lambda batch: plain.PlainSession(graph, network, batch)
 
     return sessions
 
 
-def _public_hourglass(checkpoint: Path, _: Path, threads: int) -> NewSession:
+def _public_hourglass(source: Source, _: Path, threads: int) -> NewSession:
     """A model of the same depth, width, heads and factor with random weights; it recomputes the prefix."""
     import torch
 
@@ -99,8 +124,7 @@ def _public_hourglass(checkpoint: Path, _: Path, threads: int) -> NewSession:
     from mscompile.checkpoint import load
     from mscompile.models.family import ReferenceModel
 
-    loaded = load(checkpoint)
-    config = loaded.model.config
+    config: Any = load(source.of_a_family()).model.config
     public = import_module("hourglass_transformer_pytorch").HourglassTransformerLM
     scales: tuple[Any, ...] = getattr(config, "scales", ())
     if len(scales) != 2:

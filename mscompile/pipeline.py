@@ -90,7 +90,12 @@ def compile_checkpoint(
         track.expect(2 * len(stream.graphs) + (2 if options.validate else 1) * len(chosen) + 2)
         models = traced(stream, track)
         text = read_text(options.text, trained.vocab)
-        passed = _lowered(models, table.run(models, stream.spec, MEMORIES[options.memory]), text, options)
+        nodes = [_counted("tracing", models)]
+        passed = table.run(
+            models, stream.spec, MEMORIES[options.memory], lambda name: nodes.append(_counted(name, models))
+        )
+        passed = _lowered(models, passed, text, options)
+        nodes.append(_counted(options.precision, models))
         graphs = _made(directory / bundle.GRAPHS)
         weights.save({**models, **derived.models(passed.derived)}, graphs)
         for name in models:
@@ -100,7 +105,7 @@ def compile_checkpoint(
         _golden(stream, passed.spec, graphs, trained, text).save(directory / bundle.GOLDEN)
         if tokenizer := tokenizer_of(trained.vocab):
             tokenizer.save(directory / bundle.TOKENIZER)
-        manifest = _manifest(path, trained, stream, models, passed, options)
+        manifest = _manifest(path, trained, stream, models, passed, options, nodes)
         del trained, stream  # engines need their memory
         facts = {engine.name: _build(engine, directory, passed.spec, models, options, track) for engine in chosen}
         manifest = bundle.seal(directory, replace(manifest, engines=facts))
@@ -159,6 +164,11 @@ def traced(stream: program.Streaming, track: Callable[[str], None]) -> dict[str,
     return models
 
 
+def _counted(stage: str, models: dict[str, ir.Model]) -> dict[str, Any]:
+    """How many nodes each graph has after a stage of the export."""
+    return {"after": stage, "graphs": {name: len(model.graph) for name, model in models.items()}}
+
+
 def _lowered(models: dict[str, ir.Model], passed: Outcome, text: Array | None, options: Options) -> Outcome:
     """The graphs in the precision asked for."""
     seen = {}
@@ -194,6 +204,7 @@ def _manifest(
     models: dict[str, ir.Model],
     passed: Outcome,
     options: Options,
+    nodes: list[dict[str, Any]],
 ) -> bundle.Manifest:
     """What is known before engines are built and verified."""
     single = [graph.name for graph in stream.spec.graphs if graph.tokens == 1]
@@ -203,7 +214,7 @@ def _manifest(
         family=trained.family.name,
         precision=options.precision,
         verified=False,
-        source=_source(trained),
+        source={**_source(trained), "nodes": nodes},
         versions={tool: version(tool) for tool in TOOLS},
         profile=options.profile,
         engines={},
@@ -273,6 +284,7 @@ def _verify_in_fresh_process(directory: Path, engine: str, reference: Path, opti
         raise GateFailed(f"{engine} is not the original model: {report['failures'][0]}; no bundle was written")
     for tensor in report["tensors"]:
         tensor["error_by_step"] = []  # curves are for pages; a manifest keeps figures
+    report["step_times"] = []  # which differ from run to run, and a manifest does not
     return report
 
 

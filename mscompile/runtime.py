@@ -41,7 +41,9 @@ class Bundle:
         """Raises BundleError where the vocabulary was not known at export."""
         path = self.path / bundle.TOKENIZER
         if not path.is_file():
-            raise BundleError(f"{self.path} has no tokenizer: its vocabulary was not known at export; use token ids")
+            raise BundleError(
+                f"{self.path} has no tokenizer: its vocabulary was not known at export; use token ids, as --ids 1,2,3"
+            )
         return Tokenizer.load(path)
 
     @cached_property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from math import prod
@@ -20,6 +21,9 @@ from mscompile.contracts import (
     TensorSpec,
 )
 
+SIZE_LIMIT = 2**31 - 1  # of one dimension, and of every count: what index types of runtimes hold
+RANK_LIMIT, VALUES_LIMIT = 32, 2**40  # dimensions of a tensor, values of one stream in a state
+VOCAB_LIMIT = 2**24  # a call of one token returns as many logits a row; the largest vocabularies have 2**20
 DTYPES = ("bool", *("int8", "int16", "int32", "int64", "uint8"), *("float16", "float32", "float64"))
 
 
@@ -39,8 +43,11 @@ def _faults(spec: StreamSpec) -> Iterator[str]:
     for what, names in (("graph", graphs), ("state", states)):
         yield from (f"two {what}s are named {name!r}" for name, count in Counter(names).items() if count > 1)
         yield from (fault for name in names if (fault := name_fault(what, name)))
-    if min(spec.vocab_size, spec.max_batch, 1 if spec.max_context is None else spec.max_context) < 1:
+    context = 1 if spec.max_context is None else spec.max_context
+    if min(spec.vocab_size, spec.max_batch, context) < 1:
         yield "vocab_size, max_batch and max_context must be at least 1"
+    if spec.vocab_size > VOCAB_LIMIT or max(spec.max_batch, context) > SIZE_LIMIT:
+        yield f"vocab_size must be at most {VOCAB_LIMIT}, max_batch and max_context at most {SIZE_LIMIT}"
     for state in spec.states:
         yield from _state_faults(state)
     for graph in spec.graphs:
@@ -52,6 +59,8 @@ def _faults(spec: StreamSpec) -> Iterator[str]:
 
 def _state_faults(state: StateSpec) -> Iterator[str]:
     yield from _tensor_faults(f"state {state.name!r}", TensorSpec(state.name, state.dtype, state.shape))
+    if (values := prod(dim for dim in state.shape if isinstance(dim, int))) > VALUES_LIMIT:
+        yield f"state {state.name!r} has {values} values a stream, more than {VALUES_LIMIT}"
     if not 0 <= state.batch_axis < len(state.shape) or state.shape[state.batch_axis] != BATCH:
         yield f"state {state.name!r} has batch_axis {state.batch_axis}, where its shape {state.shape} has no {BATCH!r}"
     if [dim for dim in state.shape if isinstance(dim, str)] != [BATCH]:
@@ -124,6 +133,8 @@ def _input_faults(spec: StreamSpec) -> Iterator[str]:
             yield f"{where} is {given.shape} every {given.every} tokens, which must all be at least 1"
             continue
         yield from _tensor_faults(where, TensorSpec(given.name, given.dtype, given.shape))
+        if prod((given.every, *given.shape)) > VALUES_LIMIT:
+            yield f"{where} is {given.shape} every {given.every} tokens, more than {VALUES_LIMIT} values"
         if ("int" in given.dtype) != (given.below is not None) or (given.below or 1) < 1:
             yield f"{where} is {given.dtype} below {given.below}: whole numbers need a bound, others have none"
         if given.recent not in spec.states:
@@ -145,10 +156,9 @@ def _due_faults(where: str, every: int, takers: set[str], schedule: Schedule) ->
         return
     phase = 0
     for tick in schedule.ticks:
-        takes = not takers.isdisjoint(tick.graphs)
-        for place in range(phase, phase + tick.repeat):
-            if takes and (place + 1) % every:
-                yield f"{where} is taken at phase {place}, where no {every} tokens are complete"
+        early = [place for place in range(phase, phase + min(tick.repeat, 2)) if (place + 1) % every]
+        if early and not takers.isdisjoint(tick.graphs):
+            yield f"{where} is taken at phase {early[0]}, where no {every} tokens are complete"
         phase += tick.repeat
 
 
@@ -160,16 +170,22 @@ def _missing(where: str, what: str, names: list[str], wanted: Iterable[str]) -> 
 def _tensor_faults(where: str, tensor: TensorSpec) -> Iterator[str]:
     if tensor.dtype not in DTYPES:
         yield f"{where} has dtype {tensor.dtype!r}, not one of {', '.join(DTYPES)}"
+    if len(tensor.shape) > RANK_LIMIT:
+        yield f"{where} has {len(tensor.shape)} dimensions, more than {RANK_LIMIT}"
     for dim in tensor.shape:
-        word, slash, divisor = str(dim).partition("/")
-        named = dim == BATCH or (word in (CHUNK, CONTEXT) and (not slash or (divisor.isdecimal() and int(divisor) > 0)))
-        if not (named or (isinstance(dim, int) and dim >= 0)):
+        if not (_is_named(dim) if isinstance(dim, str) else 0 <= dim <= SIZE_LIMIT):
             yield f"{where} has dimension {dim!r}, not a size, {BATCH!r}, {CHUNK!r}, {CONTEXT!r} or one of these by k"
+
+
+def _is_named(dim: str) -> bool:
+    return dim == BATCH or re.fullmatch(rf"({CHUNK}|{CONTEXT})(/[1-9][0-9]{{0,8}})?", dim) is not None
 
 
 def _schedule_faults(schedule: Schedule, graphs: list[str]) -> Iterator[str]:
     if not schedule.ticks or min(tick.repeat for tick in schedule.ticks) < 1:
         yield "the schedule must have ticks, each repeated at least once"
+    if max(schedule.period, schedule.chunk_multiple, schedule.max_chunk) > SIZE_LIMIT:
+        yield f"the period, chunk_multiple and max_chunk of the schedule must be at most {SIZE_LIMIT}"
     prefill = () if schedule.prefill is None else (schedule.prefill,)
     used = (*(name for tick in schedule.ticks for name in (*tick.graphs, *tick.closing)), *prefill)
     yield from (f"the schedule runs graph {name!r}, which does not exist" for name in used if name not in graphs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 VOCAB = ("\n", " ", *string.ascii_lowercase)
 STEPS = 64
+ADAPTERS = Path(__file__).parent.parent / "examples" / "adapters"
 MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 
 MODELS = {
@@ -31,6 +33,24 @@ MODELS = {
 
 def save(family: str, path: Path) -> None:
     checkpoint.save(path, family, MODELS[family](), VOCAB)
+
+
+def weights_of(name: str, path: Path) -> Path:
+    """Seeded weights for the module of an example of an adapter."""
+    sys.path.insert(0, str(ADAPTERS))
+    try:
+        module = __import__(name)
+    finally:
+        sys.path.remove(str(ADAPTERS))
+    made = {
+        "gru": lambda: module.GruLanguageModel(28, 16),
+        "convolution": lambda: module.ConvolutionalLanguageModel(28, 16, 3),
+        "fast_weights": lambda: module.FastWeightLanguageModel(28, 16),
+        "clockwork": lambda: module.ClockworkLanguageModel(28, 16),
+    }
+    torch.manual_seed(0)
+    torch.save(made[name]().state_dict(), path)
+    return path
 
 
 def options(**changes: object) -> Options:

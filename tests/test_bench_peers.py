@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from engines.torch_eager import TorchSession, reference_sessions
+from engines.torch_eager import TorchSession
 from mscompile import checkpoint, peers, plain
 from mscompile.bench import Contestant, Field
 from mscompile.contracts import Array
 from mscompile.errors import EngineUnavailable, InputError, UsageError
+from mscompile.peers import Source
 from mscompile.plain import PlainGraph, PlainSession
 
 CHUNKS = (5, 1, 1, 9, 1, 3)
@@ -43,8 +44,9 @@ def named(peer: str) -> Any:
 @pytest.mark.parametrize("peer", [named("torch"), named("onnx-plain"), named("openvino")])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_peers_are_the_original(peer: str, batch: int, checkpoint_of: Path, workspace_of: Path) -> None:
-    session = peers.sessions(peer, checkpoint_of, workspace_of, 1)(batch)
-    expected = logits(reference_sessions(checkpoint_of)(batch), batch)
+    source = Source(checkpoint_of)
+    session = peers.sessions(peer, source, workspace_of, 1)(batch)
+    expected = logits(TorchSession(source.model(), batch), batch)
     for _ in range(2):  # the second time after a reset
         assert cases.worst(logits(session, batch), expected) < 1e-4
         assert list(session.position) == [sum(CHUNKS)] * batch
@@ -63,12 +65,12 @@ def test_a_compiled_peer_is_the_original(bundle_of: Path, checkpoint_of: Path, m
 @pytest.mark.parametrize("peer", [named("hourglass-pytorch")])
 def test_the_public_hourglass_has_the_shape_of_the_checkpoint(peer: str, tmp_path: Path) -> None:
     bundles.save("hourglass", tmp_path / "hourglass.pt")
-    session = peers.sessions(peer, tmp_path / "hourglass.pt", tmp_path, 1)(1)
+    session = peers.sessions(peer, Source(tmp_path / "hourglass.pt"), tmp_path, 1)(1)
     found = logits(session, 1)
     assert found.shape == (1, sum(CHUNKS), len(bundles.VOCAB))
     bundles.save("transformer-xl", tmp_path / "other.pt")
     with pytest.raises(EngineUnavailable, match="Hourglass models of two scales only"):
-        peers.sessions(peer, tmp_path / "other.pt", tmp_path, 1)
+        peers.sessions(peer, Source(tmp_path / "other.pt"), tmp_path, 1)
 
 
 @pytest.mark.parametrize("name", ["post-norm", "pre-norm-same-length-clamp", "segment-longer-than-memory"])
@@ -104,7 +106,18 @@ def test_a_missing_package_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path
     with pytest.raises(
         EngineUnavailable, match=r"openvino is not installed; pip install 'mscompile\[export,openvino\]'"
     ):
-        peers.sessions("openvino", tmp_path, tmp_path, 1)
+        peers.sessions("openvino", Source(tmp_path), tmp_path, 1)
+
+
+def test_what_an_adapter_builds_is_run_by_the_original_alone(tmp_path: Path) -> None:
+    weights = bundles.weights_of("gru", tmp_path / "gru.pt")
+    source = Source(weights, str(bundles.ADAPTERS / "gru_adapter.py"), 40)
+    session = peers.sessions("torch", source, tmp_path, 1)(1)
+    assert logits(session, 1).shape == (1, sum(CHUNKS), len(bundles.VOCAB))
+    for peer in ("onnx-plain", "hourglass-pytorch"):
+        if peers.find(peer).cannot_run() is None:
+            with pytest.raises(EngineUnavailable, match="no module of --adapter"):
+                peers.sessions(peer, source, tmp_path, 1)
 
 
 def test_peers_are_found_by_name() -> None:

@@ -1,29 +1,48 @@
-"""Bisection: the parts by themselves, and five planted faults whose layer and step it must name."""
+"""Bisection: the parts by themselves, and planted faults whose layer and step it must name."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import bundles
 import cases
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 import small_graphs
+import tiny
+import torch
+from click.testing import Result
+from torch import nn
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
 import faults  # noqa: E402
+import mutation  # noqa: E402
 from faults import Copy, Fault, planted  # noqa: E402
 
+from engines import trt_rtx  # noqa: E402
 from exporters import cut, origin  # noqa: E402
+from mscompile import adapters, checkpoint, cli, compile_checkpoint  # noqa: E402
+from mscompile import bundle as bundle_file  # noqa: E402
+from mscompile.bisect import Report, Search, bisect  # noqa: E402
 from mscompile.contracts import Array  # noqa: E402
-from validation import contract  # noqa: E402
+from mscompile.errors import EngineUnavailable, GateFailed, UsageError  # noqa: E402
+from mscompile.locate import Exported  # noqa: E402
+from mscompile.runtime import open_bundle  # noqa: E402
+from validation import contract, sources  # noqa: E402
 from validation.suspects import Evidence, relative_error, suspects  # noqa: E402
+
+STEPS = 64  # tokens a row in the long rollouts
 
 DIAMOND = """(float[2] x) => (float[2] y, float[2] z) {
     a = Neg(x)
@@ -127,63 +146,292 @@ def test_two_contracts_differ_where_they_do() -> None:
     assert "schedule.ticks.0.graphs is ['decode_1'], the export says ['decode_3']" in told
 
 
-FIVE = {
-    "a scaled weight": (faults._scaled_weight, "layers.0.feed_forward.3", "MatMul", 0, "changed since the export"),
-    "a wrong mask": (faults._mask_too_long, "layers.0", "GreaterOrEqual", 0, "wrong mask"),
-    "an off-by-one memory roll": (
-        faults._rolled(1, lambda copy: copy.decode), "layers.0", "Transpose", 1, "off by one row",
-    ),
-    "an overflow of float16": (faults._overflow, "layers.0.feed_forward.1", "Relu", 0, "overflow"),
-    "swapped states": (faults._outputs_swapped, "layers.0", "Reshape", 0, "swapped"),
+# ---- Planted faults ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A bundle, its checkpoint, and an export of it to compare with."""
+
+    bundle: Path
+    exported: Exported
+
+    def search(self, copy: Path, altered: Callable[[Any], Any] | None = None) -> Report:
+        opened = open_bundle(copy)
+        if altered is not None:
+            opened = mutation._AlteredBundle(opened.path, opened.manifest)
+            opened.alter = altered  # type: ignore[attr-defined]
+        return Search(opened, "ort", self.exported).report(steps=STEPS)
+
+    def planted(self, target: Path, plant: Callable[[Copy], None]) -> Report:
+        copy = planted(self.bundle, target / "planted.msc", Fault("", "", plant))
+        return self.search(copy.path, copy.session)
+
+
+def subject(bundle: Path, checkpoint: Path, directory: Path, adapter: str | None = None) -> Subject:
+    opened = open_bundle(bundle)
+    model = adapters.trained(checkpoint, adapter=adapter, context=opened.spec.max_context).model
+    model.sources = sources.pseudo(opened.spec.inputs)
+    return Subject(bundle, Exported(model, opened, directory))
+
+
+@pytest.fixture(scope="session")
+def one(bundle_of: Path, checkpoint_of: Path, tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    """Of each family in turn."""
+    return subject(bundle_of, checkpoint_of, tmp_path_factory.mktemp("exported"))
+
+
+@dataclass(frozen=True)
+class Named:
+    """What must be said of a fault."""
+
+    module: str
+    operator: str
+    graph: str
+    position: int
+    cause: str
+    evidence: str  # a part of it
+
+
+FIVE: dict[str, tuple[Callable[[Copy], None], dict[str, Named]]] = {
+    "a scaled weight": (faults._scaled_weight, {
+        "transformer-xl": Named(
+            "layers.0.feed_forward.3", "MatMul", "decode", 0, "changed since the export", "1.05 times as large"),
+        "hourglass": Named(
+            "level.post.blocks.0.feed_forward.3", "MatMul", "decode_3", 0, "changed since the export", "1.05 times"),
+    }),
+    "a wrong mask": (faults._mask_too_long, {
+        "transformer-xl": Named("layers.0", "GreaterOrEqual", "decode", 0, "wrong mask", "1 of 4 places differ"),
+        "hourglass": Named(
+            "level.pre.blocks.0.attention", "Less", "decode_3", 0, "wrong mask", "1 of 64 places differ"),
+    }),
+    "an off-by-one memory roll": (faults._rolled(1, lambda copy: copy.decode), {
+        "transformer-xl": Named("layers.0", "Transpose", "decode", 1, "off by one row", "rolled by +1 along axis 3"),
+        "hourglass": Named(
+            "level.post.blocks.0.attention", "Transpose", "decode_3", 3, "off by one row", "rolled by +1"),
+    }),
+    "an overflow of float16": (faults._overflow, {
+        "transformer-xl": Named("layers.0.feed_forward.1", "Relu", "decode", 0, "overflow", "are inf"),
+        "hourglass": Named("level.pre.blocks.0.feed_forward.1", "Gelu", "decode_1", 1, "overflow", "are inf"),
+    }),
+    "swapped states": (faults._outputs_swapped, {
+        "transformer-xl": Named("layers.0", "Reshape", "decode", 0, "swapped", "what layer00.mems.value.out should be"),
+        "hourglass": Named(
+            "level.post.blocks.0.attention", "Reshape", "decode_3", 0, "swapped", "attention.value.out should be"),
+    }),
 }  # fmt: skip
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", FIVE)
-def test_layer_and_step_of_a_planted_fault_are_named(
-    name: str, compiled: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from mscompile import cli
-
-    plant, module, operator, position, cause = FIVE[name]
-    copy = planted(compiled, tmp_path / "planted.msc", Fault(name, "graph", plant))
-    with capsys.disabled():
-        result = CliRunner().invoke(
-            cli.app, ["bisect", str(copy.path), "--reference", str(trained), "--steps", "32", "--json"]
-        )
-    assert result.exception is not None
-    assert getattr(result.exception, "exit_code", None) == 1, result.exception
-    found = json.loads(result.stdout)
-    tensor, step = found["tensor"], found["step"]
-    assert (tensor["module"], tensor["operator"], tensor["graph"]) == (module, operator, "decode"), found["verdict"]
-    assert (step["rollout"], step["position"], step["row"]) == ("token by token", position, 0)
-    assert cause in {suspect["cause"] for suspect in found["suspects"]}, found["suspects"]
-    assert f"at token {position}" in found["verdict"]
+def test_layer_and_step_of_a_planted_fault_are_named(name: str, family: str, one: Subject, tmp_path: Path) -> None:
+    plant, wanted = FIVE[name]
+    named = wanted[family]
+    found = one.planted(tmp_path, plant)
+    assert found.tensor is not None, found.verdict
+    assert found.step is not None
+    place = (found.tensor.module, found.tensor.operator, found.tensor.graph)
+    assert place == (named.module, named.operator, named.graph)
+    assert (found.step.rollout, found.step.position, found.step.row) == ("token by token", named.position, 0)
+    assert named.evidence in {suspect.cause: suspect.evidence for suspect in found.suspects}[named.cause]
+    assert f"{named.module} " in found.verdict
+    assert f"at token {named.position}" in found.verdict
+    assert not found.passed
 
 
-@pytest.mark.slow
-def test_a_fault_in_the_engines_own_graph_is_found_there(compiled: Path, trained: Path, tmp_path: Path) -> None:
-    from mscompile.bisect import bisect
-    from mscompile.runtime import open_bundle
+def test_a_good_bundle_passes(one: Subject) -> None:
+    found = one.search(one.bundle)
+    assert found.passed
+    assert (found.step, found.tensor, found.suspects, found.differences) == (None, None, (), ())
+    assert found.verdict == "ort stays within the tolerance of fp32 in every step"
 
-    copy = planted(compiled, tmp_path / "planted.msc", Fault("packed", "file", faults._packed_only))
-    found = bisect(open_bundle(copy.path), "ort", trained, steps=32)
+
+def test_a_fault_that_begins_in_mid_stream_is_found_there(one: Subject, tmp_path: Path) -> None:
+    found = one.planted(tmp_path, faults._late)
+    assert found.step is not None
+    assert found.step.position >= 40
+    assert found.tensor is not None
+    assert found.tensor.operator == "LayerNormalization"
+
+
+def test_a_fault_in_the_engines_own_graph_is_found_there(one: Subject, tmp_path: Path) -> None:
+    found = one.planted(tmp_path, faults._packed_only)
     assert found.tensor is not None
     assert found.tensor.name == "logits"
     assert "as ONNX Runtime optimised it" in found.found_by
 
 
-@pytest.mark.slow
-def test_a_fault_of_the_contract_is_told_from_one_of_the_graphs(compiled: Path, trained: Path, tmp_path: Path) -> None:
-    from mscompile.bisect import bisect
-    from mscompile.runtime import open_bundle
-
-    def plant(copy: Copy) -> None:
-        copy.state_is(copy.appended()[0], initial=0.5)
-
-    copy = planted(compiled, tmp_path / "planted.msc", Fault("initial", "contract", plant))
-    found = bisect(open_bundle(copy.path), "ort", trained, steps=32)
+@pytest.mark.parametrize(
+    ("alter", "cause"), [(faults.StaleBuffer, "stale state"), (faults.RollsTooFar, "off by one row")]
+)
+def test_a_session_that_keeps_states_wrongly_is_not_taken_for_a_wrong_graph(
+    alter: type[faults.Altered], cause: str, one: Subject
+) -> None:
+    found = one.search(one.bundle, alter)
     assert found.step is not None
     assert found.tensor is None
-    assert found.differences == ("states.layer00.mems.key.initial is 0.5, the export says 0.0",)
-    assert bisect(open_bundle(compiled), "ort", trained, steps=32).step is None
+    assert "every graph is right on what ort had remembered" in found.verdict
+    assert cause in {suspect.cause for suspect in found.suspects}
+
+
+def test_a_fault_of_the_contract_is_told_from_one_of_the_graphs(one: Subject, tmp_path: Path) -> None:
+    name = faults.Copy(one.bundle, tmp_path / "copy.msc").appended()[0]
+    found = one.planted(tmp_path, faults._initial)
+    assert found.step is not None
+    assert found.tensor is None
+    assert found.differences == (f"states.{name}.initial is 0.5, the export says 0.0",)
+    assert found.verdict.startswith("the graphs are right and the contract is not: ")
+
+
+def test_a_bundle_that_refuses_what_the_original_takes_is_wrong_in_its_contract(one: Subject, tmp_path: Path) -> None:
+    found = one.planted(tmp_path, lambda copy: copy.spec_is(max_context=16))
+    assert not found.passed
+    assert found.verdict.startswith("max_context is 16, the export says ")
+    assert "; ort cannot follow the original: " in found.verdict
+
+
+# ---- A fault of the runtime's fusion ----------------------------------------------------------------------
+
+BLOCK = 16
+
+
+def _on_grid(model: nn.Module) -> nn.Module:
+    """Weights of one product that 4-bit integers hold exactly, in blocks of BLOCK."""
+    weight = model.get_parameter("layers.0.feed_forward.3.weight")
+    blocks = weight.data.unflatten(1, (-1, BLOCK))
+    scale = blocks.abs().amax(-1, keepdim=True) / 7
+    weight.data.copy_(((blocks / scale).round().clamp(-7, 7) * scale).flatten(1))
+    return model
+
+
+def _dequantized(copy: Copy) -> None:
+    """That product's weights from 4-bit integers. They are the same, but ONNX Runtime fuses the two operators, and the
+    product then takes activations in 8 bits (MatMulNBits, accuracy level 4)."""
+    graph = copy.decode
+    name = graph.weights()[-2]
+    weight = graph.constants()[name]  # (K, N)
+    blocks = weight.reshape(-1, BLOCK, weight.shape[1])
+    scale = np.abs(blocks).max(1) / np.float32(7)
+    integers = np.rint(blocks / scale[:, None]).astype(np.int64).ravel().tolist()
+    graph.set("planted.scale", scale)
+    graph.proto.graph.initializer.append(
+        onnx.helper.make_tensor("planted.integers", onnx.TensorProto.INT4, weight.shape, integers)
+    )
+    graph.nodes.insert(
+        0,
+        onnx.helper.make_node(
+            "DequantizeLinear", ["planted.integers", "planted.scale"], ["planted.weight"], axis=0, block_size=BLOCK
+        ),
+    )
+    for node in graph.nodes:
+        node.input[:] = ["planted.weight" if each == name else each for each in node.input]
+
+
+def test_a_fault_that_only_the_fused_graph_has_is_found_by_cutting(tmp_path: Path) -> None:
+    model = cases.transformer_xl(
+        torch.float32, vocab_size=len(bundles.VOCAB), n_layer=1, d_model=16, d_inner=32, mem_len=4, same_length=True
+    )
+    checkpoint.save(tmp_path / "grid.pt", "transformer-xl", _on_grid(model), bundles.VOCAB)
+    bundles.compile_to(tmp_path / "grid.msc", tmp_path / "grid.pt")
+    found = subject(tmp_path / "grid.msc", tmp_path / "grid.pt", tmp_path).planted(tmp_path, _dequantized)
+    assert found.tensor is not None, found.verdict
+    assert (found.tensor.module, found.tensor.operator) == ("layers.0.feed_forward.3", "MatMul")
+    assert "runtime fusion" in {suspect.cause for suspect in found.suspects}
+    assert found.found_by == "sub-graphs of the graph as exported; marking every tensor as an output hides the fault"
+
+
+# ---- Other families and precisions, and modules of one's own ----------------------------------------------
+
+
+def test_a_fault_in_a_module_of_ones_own(tmp_path: Path) -> None:
+    weights, adapter = bundles.weights_of("gru", tmp_path / "gru.pt"), str(bundles.ADAPTERS / "gru_adapter.py")
+    bundle = compile_checkpoint(
+        weights, ["ort"], tmp_path / "gru.msc", bundles.options(adapter=adapter, validate=False)
+    ).path
+
+    def plant(copy: Copy) -> None:
+        copy.decode.change(copy.decode.weights()[-1], lambda weight: weight * 1.05)
+
+    found = subject(bundle, weights, tmp_path, adapter).planted(tmp_path, plant)
+    assert found.tensor is not None, found.verdict
+    assert (found.tensor.module, found.tensor.module_class) == ("head", "Linear")
+
+
+def test_a_fault_in_a_family_with_patches(tmp_path: Path) -> None:
+    model = tiny.model("megabyte", "patches-of-three", torch.float32, len(bundles.VOCAB))
+    checkpoint.save(tmp_path / "tiny.pt", "megabyte", model, bundles.VOCAB)
+    bundle = compile_checkpoint(
+        tmp_path / "tiny.pt", ["ort"], tmp_path / "tiny.msc", bundles.options(validate=False)
+    ).path
+    found = subject(bundle, tmp_path / "tiny.pt", tmp_path).planted(tmp_path, faults._scaled_weight)
+    assert found.tensor is not None, found.verdict
+    assert model.get_submodule(found.tensor.module)
+    assert "1.05 times as large" in found.suspects[0].evidence
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
+def test_what_a_precision_costs_is_no_fault(precision: str, tmp_path: Path) -> None:
+    bundle = compile_checkpoint(
+        ROOT / "examples" / "transformer-xl.pt", ["ort"], tmp_path / "low.msc",
+        bundles.options(precision=precision, validate=False, tokens=ROOT / "examples" / "held-out.txt"),
+    )  # fmt: skip
+    found = bisect(bundle, "ort", ROOT / "examples" / "transformer-xl.pt", steps=STEPS)
+    assert found.passed, found.verdict
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["transformer-xl", "hourglass"])
+def test_a_fault_in_an_example_is_found_at_its_size(name: str, tmp_path: Path) -> None:
+    source = ROOT / "examples" / f"{name}.pt"
+    bundle = compile_checkpoint(source, ["ort"], tmp_path / "good.msc", bundles.options(validate=False))
+    copy = planted(bundle.path, tmp_path / "planted.msc", Fault("", "", faults._scaled_weight))
+    found = bisect(open_bundle(copy.path), None, source, steps=STEPS)
+    assert found.tensor is not None, found.verdict
+    assert found.tensor.module.endswith("feed_forward.3")
+
+
+# ---- The command ------------------------------------------------------------------------------------------
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(cli.app, ["bisect", *map(str, arguments), "--steps", str(STEPS)])
+
+
+def test_the_command_says_what_it_found(compiled: Path, trained: Path, tmp_path: Path) -> None:
+    copy = planted(compiled, tmp_path / "planted.msc", Fault("", "", faults._overflow))
+    done = invoke(copy.path, "--reference", trained, "--json")
+    assert isinstance(done.exception, GateFailed)
+    found = json.loads(done.stdout)
+    assert str(done.exception) == found["verdict"]
+    assert found["tensor"]["module"] == "layers.0.feed_forward.1"
+    assert found["tensor"]["found"] == "Infinity"
+    assert found["passed"] is False
+    done = invoke(copy.path, "--reference", trained)
+    for said in ("where ort leaves the original", "layers.0.feed_forward.1", "likely causes", "overflow", "inf"):
+        assert said in done.stdout
+
+
+def test_the_command_says_that_nothing_is_wrong(compiled: Path, trained: Path) -> None:
+    done = invoke(compiled, "--reference", trained)
+    assert (done.exit_code, done.stdout.strip()) == (0, "ort stays within the tolerance of fp32 in every step")
+
+
+def test_an_engine_that_cannot_run_here(compiled: Path, trained: Path, tmp_path: Path) -> None:
+    reason = trt_rtx.ENGINE.cannot_run()
+    if reason is None:
+        pytest.skip("this machine runs TensorRT for RTX")
+    shutil.copytree(compiled, copy := tmp_path / "copy.msc")
+    (copy / "engines" / "trt-rtx").mkdir()
+    manifest = bundle_file.read(compiled)
+    bundle_file.seal(copy, faults.replace(manifest, engines={**manifest.engines, "trt-rtx": {}}))
+    done = invoke(copy, "--reference", trained, "--engine", "trt-rtx")
+    assert isinstance(done.exception, EngineUnavailable)
+    assert done.exception.exit_code == 3
+    assert str(done.exception) == reason
+
+
+def test_another_checkpoint(compiled: Path, tmp_path: Path) -> None:
+    bundles.save("hourglass", tmp_path / "other.pt")
+    done = invoke(compiled, "--reference", tmp_path / "other.pt")
+    assert isinstance(done.exception, UsageError)
+    assert "name the right one by --reference" in str(done.exception)

@@ -149,6 +149,9 @@ def test_no_manifest(tmp_path: Path) -> None:
         (b"[" * 100_000, "manifest.json is not valid JSON: maximum recursion depth"),
         (b'{"schema": 1, "schema": 1}', "key 'schema' occurs twice in one object"),
         (b'{"schema": NaN}', "NaN is not JSON"),
+        (b"[" * 64 + b"]" * 64, "it has values 64 levels deep and more"),
+        (b'{"schema": 9223372036854775808}', "it has a whole number of more than 64 bits"),
+        (b'{"schema": "\\ud800"}', "surrogates not allowed"),
         (b"[]", "is not the manifest of a bundle: it has no schema number"),
         (b'{"schema": true}', "is not the manifest of a bundle: it has no schema number"),
         (b'{"schema": 2}', "this bundle has schema 2, this mscompile reads up to 1; upgrade mscompile"),
@@ -210,6 +213,13 @@ def test_extra_file(valid: Path, name: str) -> None:
 def test_listed_paths_stay_inside(valid: Path, name: str, sentence: str) -> None:
     edit(valid, lambda data: data["files"].update({name: data["files"]["golden.npz"]}))
     with refused(BundleError, f"file {name!r} is listed, {sentence}"):
+        read(valid)
+
+
+@pytest.mark.parametrize("name", ["graphs/STEP.onnx", "Golden.npz", "GRAPHS/weights.bin"])
+def test_names_that_are_one_elsewhere_are_refused(valid: Path, name: str) -> None:
+    edit(valid, lambda data: data["files"].update({name: data["files"]["golden.npz"]}))
+    with refused(BundleError, f"and {name!r} are one file on systems that do not tell their names apart"):
         read(valid)
 
 
@@ -305,6 +315,18 @@ FAULTS: list[tuple[StreamSpec, str]] = [
     (replace(SPEC, states=(replace(STATE, time_axis=None),)), "state 'layer0.key' is 'append' with time_axis None"),
     (replace(SPEC, states=(replace(STATE, time_axis=3),)), "state 'layer0.key' has time_axis 3"),
     (replace(SPEC, max_batch=0), "must be at least 1"),
+    (replace(SPEC, max_batch=2**31), "max_batch and max_context at most 2147483647"),
+    (replace(SPEC, vocab_size=2**24 + 1), "vocab_size must be at most 16777216"),
+    (replace(SPEC, states=(replace(STATE, shape=("batch", 2**31, 8)),)), "has dimension 2147483648"),
+    (
+        replace(SPEC, states=(replace(STATE, shape=("batch", 2**20, 2**21)),)),
+        "values a stream, more than 1099511627776",
+    ),
+    (replace(SPEC, states=(replace(STATE, shape=("batch", *[1] * 32)),)), "has 33 dimensions, more than 32"),
+    (replace(SPEC, states=(replace(STATE, shape=("batch", 4, "chunk/0")),)), "has dimension 'chunk/0'"),
+    (replace(SPEC, states=(replace(STATE, shape=("batch", 4, "chunk/" + "9" * 5000)),)), "has dimension 'chunk/99"),
+    (replace(SPEC, states=(replace(STATE, shape=("batch", 4, "chunk/\u0663")),)), "has dimension 'chunk/"),
+    (replace(SPEC, schedule=Schedule((Tick(("step",), repeat=2**31),))), "must be at most 2147483647"),
 ]
 
 
@@ -330,6 +352,11 @@ def test_spec_faults_are_found_when_sealing_and_when_reading(
     [
         (replace(MANIFEST, name="a/b"), "bundle name 'a/b' cannot be used in a file name"),
         (replace(MANIFEST, engines={"../ort": {}}), "engine name '../ort' cannot be used in a file name"),
+        (replace(MANIFEST, source={}), "its source has no sha256 of the checkpoint"),
+        (
+            replace(MANIFEST, engines={"ort": {"numerics": {"step": {}}}}),
+            "engine 'ort' has numerics that are no products by graph",
+        ),
         (replace(MANIFEST, verified=True), "it says that it was verified and has no parity report"),
         (replace(MANIFEST, tolerances={"max_abs": 1}), "manifest.tolerances['max_abs']: wanted float, got int 1"),
         (replace(MANIFEST, engines={"ort": {"facts": {1}}}), "manifest.engines['ort']['facts']: set {1} has no JSON"),

@@ -137,6 +137,41 @@ def test_generate_prints_the_prompt_and_its_continuation(run: Run, compiled: Pat
     assert len(out) == len("amen") + 5 + 1
 
 
+def test_generate_continues_ids_as_it_continues_their_text(run: Run, compiled: Path) -> None:
+    ids = ",".join(str(bundles.VOCAB.index(character)) for character in "amen")
+    code, out, _ = run("generate", compiled, "--ids", ids, "--tokens", "5")
+    assert code == 0
+    assert out.startswith(f"{ids},")
+    found = [int(word) for word in out.split(",")]
+    assert len(found) == 4 + 5
+    of_text = run("generate", compiled, "--prompt", "amen", "--tokens", "5")[1]
+    assert "".join(bundles.VOCAB[index] for index in found) + "\n" == of_text
+    code, out, _ = run("generate", compiled, "--ids", ids, "--tokens", "5", "--json")
+    assert json.loads(out) == {"prompt": found[:4], "ids": found[4:]}
+
+
+def test_generate_without_a_tokenizer(run: Run, compiled: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(compiled, tmp_path / "ids.msc")
+    (copy / bundle.TOKENIZER).unlink()
+    bundle.seal(copy, bundle.read(compiled))
+    assert "use token ids, as --ids 1,2,3" in refused(run("generate", copy, "--prompt", "amen"))
+    assert run("generate", copy, "--ids", "3", "--tokens", "2")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--ids", "1,a"], "--ids must be whole numbers between commas, such as 1,2,3, not '1,a'"),
+        (["--ids", ""], "--ids must be whole numbers between commas, such as 1,2,3, not ''"),
+        (["--ids", "28"], "28"),
+        (["--ids", "1", "--prompt", "a"], "--prompt and --ids are two ways to say what to continue"),
+        (["--prompt", ""], "--prompt is empty"),
+    ],
+)
+def test_nothing_to_continue(run: Run, compiled: Path, options: list[str], sentence: str) -> None:
+    assert sentence in refused(run("generate", compiled, *options))
+
+
 def test_bench_measures_every_engine_and_the_original(
     run: Run, bundle_of: Path, checkpoint_of: Path, family: str
 ) -> None:
@@ -276,6 +311,19 @@ def test_another_checkpoint_as_reference(run: Run, compiled: Path, tmp_path: Pat
     bundles.save("hourglass", tmp_path / "other.pt")
     sentence = refused(run("validate", compiled, "--reference", tmp_path / "other.pt"))
     assert "is not the checkpoint that" in sentence
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--rounds", "3"], "--rounds"),
+        (["--max-slowdown", "1.2"], "--max-slowdown"),
+        (["--max-slowdown", "1.2", "--rounds", "3"], "--max-slowdown and --rounds"),
+    ],
+)
+def test_options_of_a_baseline_without_one(run: Run, compiled: Path, options: list[str], named: str) -> None:
+    sentence = refused(run("validate", compiled, *options))
+    assert sentence == f"{named} needs the bundle of the last release to compare with; name it by --baseline"
 
 
 def test_an_unknown_workload(run: Run, compiled: Path) -> None:

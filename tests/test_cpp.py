@@ -1,6 +1,7 @@
 """The C++ runtime in cpp/: built as CMake builds it, it gives what the Python session gives, errors included.
 
-Needs CMake, a compiler and what cpp/dependencies.sh gets; `make cpp` provides it and builds first.
+Needs CMake, a compiler and what cpp/dependencies.sh gets; `make cpp` provides it and builds first. Fixtures
+build first, so that nothing is exported where nothing can be built.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -23,6 +25,8 @@ import pytest
 import tiny
 import torch
 
+from engines import registry
+from engines.cuda import device_count
 from mscompile import checkpoint
 from mscompile.contracts import Array, HostInput
 from mscompile.errors import MsCompileError
@@ -35,6 +39,8 @@ TOOLS = BUILD / "dependencies" / "bin"
 MODELS = ("transformer-xl", "hourglass")
 PROMPT = "And it came to pass"
 SANITIZERS = ("address", "thread")
+STREAMS = 8
+FUZZ_SECONDS = 10
 LIBRARY = next(Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so*"))
 ENVIRONMENT = {
     **os.environ,
@@ -90,7 +96,7 @@ def built(preset: str) -> Path:
     return BUILD / preset
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def programs() -> Path:
     return built("release") / "tests"
 
@@ -100,6 +106,7 @@ def example(request: pytest.FixtureRequest, made_once: bundles.MadeOnce) -> Path
     """The bundle of each trained example."""
     from mscompile.pipeline import Options, compile_checkpoint
 
+    built("release")
     name = str(request.param)
     source, wanted = ROOT / "examples" / f"{name}.pt", Options(validate=False)
     return made_once(f"example-{name}.msc", lambda path: compile_checkpoint(source, ["ort"], path, wanted))
@@ -165,9 +172,9 @@ def rolled_out(path: Path, batch: int, count: int, seed: int = 0) -> Both:
     """Random tokens in mixed chunks, rows reset out of phase, snapshots on the way."""
     both, draw = Both(open_bundle(path), batch), np.random.default_rng(seed)
     vocab, limit = both.opened.spec.vocab_size, both.opened.spec.max_context or 2**62
-    done = 0
+    done, lengths = 0, [length for length in (1, 1, 1, 2, 3, 7, 16, 64, 200) if length <= limit]
     while done < count:
-        length = int(draw.choice([1, 1, 1, 2, 3, 7, 16, 64, 200]))
+        length = int(draw.choice(lengths))
         if (both.session.position + length > limit).any():
             both.reset()
         both.step(draw.integers(0, vocab, (batch, length)))
@@ -202,8 +209,12 @@ def test_host_inputs_and_other_states(programs: Path, family: str, made_once: bu
         model = tiny.model(family, name, torch.float32, len(bundles.VOCAB))
         checkpoint.save(path, family, model, bundles.VOCAB)
 
-    source = made_once(f"cpp-{family}.pt", trained)
-    path = made_once(f"cpp-{family}.msc", lambda out: bundles.compile_to(out, source))
+    def exported(path: Path) -> None:
+        from mscompile.pipeline import compile_checkpoint
+
+        compile_checkpoint(made_once(f"cpp-{family}.pt", trained), ["ort"], path, bundles.options(validate=False))
+
+    path = made_once(f"cpp-{family}.msc", exported)
     assert rolled_out(path, batch=3, count=100).largest_difference(programs) <= 1e-6
 
 
@@ -212,7 +223,7 @@ def test_sanitizers_find_nothing(preset: str, example: Path) -> None:
     """Memory, leaks and undefined behaviour, or data races, over sessions in one thread and in several."""
     programs = built(preset) / "tests"
     output(programs / "unit")
-    output(programs / "streams", example, 3)
+    output(programs / "streams", example, STREAMS)
     assert rolled_out(example, batch=3, count=400).largest_difference(programs) <= 1e-6
     assert PROMPT in output(programs / "generate-c", example, PROMPT, 20).decode()
 
@@ -231,11 +242,11 @@ def text_of(path: Path, count: int, temperature: float, seed: int | None) -> str
     return PROMPT + opened.tokenizer.decode(ids) + "\n"
 
 
-@pytest.fixture(scope="module")
-def consumer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="session")
+def consumer(programs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The example program, built as a stranger does: against an installed library."""
     prefix, build = tmp_path_factory.mktemp("prefix"), tmp_path_factory.mktemp("consumer")
-    output("cmake", "--install", built("release"), "--prefix", prefix)
+    output("cmake", "--install", programs.parent, "--prefix", prefix)
     configured(ROOT / "cpp" / "example", build, f"-DCMAKE_PREFIX_PATH={prefix};{BUILD / 'dependencies' / 'usr'}")
     return build / "generate"
 
@@ -252,8 +263,8 @@ def test_c_gives_the_same_text(programs: Path, example: Path) -> None:
     assert sentence(ended, 2) == f"{example / 'nowhere'} is not a bundle: no such directory"
 
 
+@pytest.mark.parametrize("example", ["hourglass"], indirect=True)
 def test_a_packaged_project_builds_and_gives_the_same_text(example: Path, tmp_path: Path) -> None:
-    built("release")
     project = package(example, "cpp", tmp_path / "project")
     prefix = f"-DCMAKE_PREFIX_PATH={BUILD / 'dependencies' / 'usr'}"
     configured(project, project / "build", "-DCMAKE_BUILD_TYPE=Release", prefix)
@@ -272,8 +283,8 @@ def code_of(language: str) -> str:
 
 
 @pytest.mark.parametrize("language", ["cpp", "c"])
-def test_examples_of_the_documentation_run(language: str, compiled: Path, tmp_path: Path) -> None:
-    library = built("release") / "libmscompile.a"
+def test_examples_of_the_documentation_run(programs: Path, language: str, compiled: Path, tmp_path: Path) -> None:
+    library = programs.parent / "libmscompile.a"
     (source := tmp_path / f"example.{language}").write_text(code_of(language), encoding="utf-8")
     include = ROOT / "cpp" / "include"
     output("cc", "-c", source, "-o", tmp_path / "example.o", "-I", include, *["-std=c++17"] * (language == "cpp"))
@@ -323,6 +334,13 @@ def touched(path: Path) -> None:
     (path / "golden.npz").write_bytes(content)
 
 
+def nested(levels: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for _ in range(levels):
+        found = {"deeper": found}
+    return found
+
+
 DAMAGE: dict[str, Callable[[Path], Any]] = {
     "absent": shutil.rmtree,
     "a file": lambda path: (shutil.rmtree(path), path.write_text("")),
@@ -336,6 +354,10 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "odd name": manifest(name="a/b"),
     "repeated key": rewritten(b'"schema": 1', b'"schema": 1, "schema": 1'),
     "missing key": spec(lambda found: found.pop("vocab_size")),
+    "no checksum of the source": manifest(source={}),
+    "odd numerics": manifest(engines={"ort": {"numerics": {"decode": 3}}}),
+    "too deep": manifest(source=nested(64)),
+    "a number too large": manifest(source={"sha256": "0", "parameters": 2**63}),
     "integer initial": spec(lambda found: found["states"][0].update(initial=0)),
     "word in a list": spec(lambda found: found["states"][0].update(initial=[0.0, "zero"])),
     "initial of another size": spec(lambda found: found["states"][0].update(initial=[0.0])),
@@ -345,6 +367,17 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "state of two batches": spec(lambda found: found["states"][0].update(shape=["batch", "batch", 3, 4])),
     "odd dimension": spec(lambda found: found["graphs"][0]["inputs"][0].update(shape=["batch", "chunk/0"])),
     "dimension of no type": spec(lambda found: found["graphs"][0]["inputs"][0].update(shape=["batch", 1.5])),
+    "many dimensions": spec(lambda found: found["states"][0].update(shape=["batch", *[1] * 32])),
+    "a dimension too large": spec(lambda found: found["states"][0].update(shape=["batch", 2**31])),
+    "a state too large": spec(lambda found: found["states"][0].update(shape=["batch", 2**30, 2**11])),
+    "odd divisor": spec(lambda found: found["graphs"][0]["inputs"][0].update(shape=["batch", "chunk/08"])),
+    "state of another dtype": spec(lambda found: found["graphs"][0]["inputs"][-1].update(dtype="float64")),
+    "state of other rows": spec(lambda found: found["graphs"][0]["inputs"][-1].update(shape=[1, "batch", 2])),
+    "logits of another shape": spec(lambda found: found.update(vocab_size=5)),
+    "tokens of another shape": spec(lambda found: found["graphs"][0]["inputs"][0].update(shape=["batch", 2])),
+    "a period too long": spec(lambda found: found["schedule"]["ticks"][0].update(repeat=2**40)),
+    "a vocabulary too large": spec(lambda found: found.update(vocab_size=2**30)),
+    "a batch too large": spec(lambda found: found.update(max_batch=2**40)),
     "two states of a name": spec(lambda found: found["states"].append(found["states"][0])),
     "unknown graph": spec(lambda found: found["schedule"]["ticks"][0]["graphs"].append("none")),
     "unknown state": spec(lambda found: found["graphs"][0]["reads"].append("none")),
@@ -450,9 +483,14 @@ def test_the_library_of_the_python_package_is_found(programs: Path, compiled: Pa
     assert ended.returncode == 0, ended.stderr
 
 
-def test_fuzzing_the_manifest_reader_finds_nothing(compiled: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="session")
+def fuzzer() -> Path:
     if not (TOOLS / "clang++").exists():
-        pytest.skip("needs clang: cpp/dependencies.sh build/cpp/dependencies clang")
+        pytest.skip("needs clang: bash cpp/dependencies.sh build/cpp/dependencies clang")
+    return built("fuzz") / "fuzz" / "fuzz-manifest"
+
+
+def test_fuzzing_the_manifest_reader_finds_nothing(fuzzer: Path, compiled: Path, tmp_path: Path) -> None:
     small = json.loads((compiled / "manifest.json").read_text(encoding="utf-8"))
     small.update(rules=[], passes=[], source={}, versions={}, tolerances={}, parity=None, verified=False)
     small["files"] = {name: entry for name, entry in small["files"].items() if name.startswith("graphs/")}
@@ -460,11 +498,71 @@ def test_fuzzing_the_manifest_reader_finds_nothing(compiled: Path, tmp_path: Pat
     (tmp_path / "corpus" / "small.json").write_text(json.dumps(small), encoding="utf-8")
     words = {*small, *small["spec"], *small["spec"]["schedule"], *small["spec"]["states"][0], "batch", "chunk", "/2"}
     (tmp_path / "words").write_text("".join(f'"\\"{word}\\""\n' for word in words), encoding="utf-8")
-    fuzzer = built("fuzz") / "fuzz" / "fuzz-manifest"
     output(
-        fuzzer, tmp_path / "corpus", f"-dict={tmp_path / 'words'}", "-max_total_time=30", "-rss_limit_mb=2048",
-        "-timeout=10", f"-artifact_prefix={tmp_path}/",
+        fuzzer, tmp_path / "corpus", f"-dict={tmp_path / 'words'}", f"-max_total_time={FUZZ_SECONDS}",
+        "-rss_limit_mb=2048", "-timeout=10", f"-artifact_prefix={tmp_path}/",
     )  # fmt: skip
+
+
+# ---- TensorRT ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def gpu_programs() -> Path:
+    """A build with the TensorRT engines, for NVIDIA's headers where an environment variable names them."""
+    headers, cuda = os.environ.get("MSCOMPILE_NVINFER_INCLUDE"), os.environ.get("MSCOMPILE_CUDA")
+    if not headers or not cuda:
+        pytest.skip(
+            "set MSCOMPILE_NVINFER_INCLUDE to the folder of NvInferRuntime.h and MSCOMPILE_CUDA to that of the CUDA "
+            "runtime's include and lib, as pip install nvidia-cuda-runtime nvidia-cuda-crt has them"
+        )
+    built("release")
+    options = (
+        f"-DNVINFER_INCLUDE_DIR={headers}",
+        f"-DCUDA_INCLUDE_DIR={cuda}/include",
+        f"-DCUDART_LIBRARY={cuda}/lib/libcudart_static.a",
+        f"-DCMAKE_PREFIX_PATH={BUILD / 'dependencies' / 'usr'}",
+        "-DMSCOMPILE_WERROR=ON",
+    )
+    return configured(ROOT / "cpp", BUILD / "tensorrt", *options) / "tests"
+
+
+@pytest.fixture(scope="session")
+def for_gpus(trained: Path, made_once: bundles.MadeOnce) -> Path:
+    """A bundle with engines for RTX GPUs only."""
+    from mscompile.pipeline import compile_checkpoint
+
+    pytest.importorskip("tensorrt_rtx", reason="pip install 'mscompile[trt-rtx]'")
+    if device_count():
+        pytest.skip("this is about machines without a GPU")
+    wanted = bundles.options(validate=False)
+    return made_once("cpp-trt-rtx.msc", lambda path: compile_checkpoint(trained, ["trt-rtx"], path, wanted))
+
+
+SIDECARS: dict[str, Callable[[Any], object]] = {
+    "as it was built": lambda facts: facts.update({}),
+    "newer schema": lambda facts: facts.update(schema=2),
+    "other runtime": lambda facts: facts.update(runtime="tensorrt"),
+    "other range": lambda facts: facts["ranges"].update(chunk=[1, 2, 3]),
+    "other type": lambda facts: facts["graphs"]["decode"]["inputs"][0].update(dtype="int32"),
+    "other profile": lambda facts: facts["graphs"]["decode"]["inputs"][0]["profile"].update(max=[9, 1]),
+    "other size": lambda facts: facts["graphs"]["decode"].update(size_bytes=7),
+}
+
+
+@pytest.mark.parametrize("damage", SIDECARS)
+def test_tensorrt_engines_are_refused_as_in_python(
+    gpu_programs: Path, for_gpus: Path, damage: str, tmp_path: Path
+) -> None:
+    path = shutil.copytree(for_gpus, tmp_path / "gpu.msc")
+    edit(path, "engines/trt-rtx/engine.json", SIDECARS[damage])
+    with pytest.raises(MsCompileError) as refused:
+        registry.find("trt-rtx").load(path / "graphs", path / "engines" / "trt-rtx", open_bundle(path).spec)
+    wanted = str(refused.value)
+    came = sentence(command(gpu_programs / "replay", path, 1), 3)
+    if "damaged" in wanted:  # how values are shown is the host's
+        came, wanted = came.split(": wanted")[0], wanted.split(": wanted")[0]
+    assert came == wanted
 
 
 # ---- Packages ----------------------------------------------------------------------------------------------
@@ -478,9 +576,19 @@ def test_package_says_what_it_cannot_do(compiled: Path, tmp_path: Path) -> None:
         package(compiled, "cpp", tmp_path / "out", force=True)
 
 
+@pytest.mark.usefixtures("programs")
+def test_the_benchmark_runs(compiled: Path, tmp_path: Path) -> None:
+    script, result = ROOT / "benchmarks" / "cpp_overhead.py", tmp_path / "result.json"
+    output(sys.executable, script, "--bundle", compiled, "--rounds", 2, "--samples", 4, "--out", result)
+    found = json.loads(result.read_text(encoding="utf-8"))
+    assert found["rounds"] == 2
+    assert all(found["step_ms"][side] > 0 for side in ("bare", "cpp", "python"))
+    assert all(found["added"][side]["ms"] > 0 for side in ("cpp", "python"))
+
+
 def test_code_is_formatted() -> None:
     tool = TOOLS / "clang-format"
     if not tool.exists():
-        pytest.skip("needs clang-format: cpp/dependencies.sh build/cpp/dependencies clang")
+        pytest.skip("needs clang-format: bash cpp/dependencies.sh build/cpp/dependencies clang")
     files = [path for ending in ("c", "h", "cpp", "hpp") for path in (ROOT / "cpp").rglob(f"*.{ending}")]
     output(tool, "--dry-run", "--Werror", *files)

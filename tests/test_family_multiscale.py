@@ -292,7 +292,7 @@ WRONG: list[tuple[str, dict[str, object], str]] = [
     ("top-down", {"scales": 3}, "scales must be a text such as '2@1 4@4', not 3"),
     ("top-down", {"scales": ""}, "scales '' must start at factor 1"),
     ("top-down", {"scales": "2@2 2@4"}, "scales '2@2 2@4' must start at factor 1"),
-    ("top-down", {"scales": "2@1 4"}, "scales entry '4' must read number@factor, for example 2@1"),
+    ("top-down", {"scales": "2@1 4"}, "scales entry '4' must read layers@factor, for example 2@1"),
     ("top-down", {"scales": "2@1 2@4 2@6"}, "scales '2@1 2@4 2@6': factor 6 must be a larger multiple of 4"),
     ("top-down", {"scales": "2@1 0@4"}, "scales '2@1 0@4' needs at least one layer at factor 4"),
     ("top-down", {"n_head": 3}, "d_model 8 must be divisible by n_head 3"),

@@ -16,7 +16,8 @@ from mscompile.errors import CheckpointError, ConfigError
 from mscompile.models import families
 from mscompile.models import hourglass as hourglass_module
 from mscompile.models import transformer_xl as transformer_xl_module
-from mscompile.models.hourglass import Scale, parse_hierarchy
+from mscompile.models.hourglass import parse_hierarchy
+from mscompile.models.scale import Scale
 
 EXACT = 1e-10
 EPSILON = {"transformer-xl": 1e-5, "hourglass": 1e-6}  # of LayerNorm: torch's default, and Trax's

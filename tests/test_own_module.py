@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
@@ -12,6 +11,8 @@ from pathlib import Path
 import cases
 import pytest
 import torch
+from bundles import ADAPTERS as EXAMPLES
+from bundles import weights_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -28,28 +29,9 @@ from mscompile.models.own import Adapter, OwnModule, state
 from mscompile.runtime import open_bundle
 
 ROOT = Path(__file__).parent.parent
-EXAMPLES = ROOT / "examples" / "adapters"
 NAMES = ("gru", "convolution", "fast_weights", "clockwork")
 CONTEXT = 40
 PAGE = (ROOT / "docs" / "your-own-module.md").read_text(encoding="utf-8")
-
-
-def weights_of(name: str, path: Path) -> Path:
-    """Seeded weights for the example's module."""
-    sys.path.insert(0, str(EXAMPLES))
-    try:
-        module = __import__(name)
-    finally:
-        sys.path.remove(str(EXAMPLES))
-    made = {
-        "gru": lambda: module.GruLanguageModel(28, 16),
-        "convolution": lambda: module.ConvolutionalLanguageModel(28, 16, 3),
-        "fast_weights": lambda: module.FastWeightLanguageModel(28, 16),
-        "clockwork": lambda: module.ClockworkLanguageModel(28, 16),
-    }
-    torch.manual_seed(0)
-    torch.save(made[name]().state_dict(), path)
-    return path
 
 
 @pytest.fixture(scope="module")

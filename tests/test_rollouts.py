@@ -58,6 +58,27 @@ def test_they_cover_several_periods_odd_lengths_and_rows_out_of_phase() -> None:
     assert all(len(rows) == 1 for _, rows in resets)
 
 
+def test_lengths_lie_around_every_ring_and_rows_of_text_are_apart() -> None:
+    spec = SPECS["segments"]()
+    rings = {state.shape[state.time_axis] for state in spec.states if state.time_axis is not None}
+    assert spec.max_context is None
+    text = np.arange(1000) % spec.vocab_size
+    chosen = {rollout.name: rollout for rollout in rollouts.standard(spec, text, 100)}
+    edges = set(chosen["around multiples"].chunks)
+    shorter = {ring for ring in rings if ring < spec.schedule.max_chunk}
+    assert {ring + more for ring in shorter for more in (-1, 0, 1)} <= edges
+    starts = [start for rollout in chosen.values() for start in rollout.starts]
+    assert len(starts) == 4
+    assert min(np.diff(sorted(starts))) >= 100  # so that no token is read twice
+
+
+def test_states_are_compared_all_along_and_at_the_end() -> None:
+    long, *_ = rollouts.standard(SPECS["rolling"](), None, 400)
+    compared = [number for number in range(len(long.chunks)) if long.compares_states(number)]
+    assert compared[-1] == len(long.chunks) - 1
+    assert min(rollouts.MOMENTS, len(long.chunks)) <= len(compared) <= rollouts.MOMENTS + 1
+
+
 def test_real_text_is_taken_where_it_is_long_enough() -> None:
     spec = SPECS["rolling"]()
     text = np.arange(300) % spec.vocab_size

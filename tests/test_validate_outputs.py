@@ -20,8 +20,10 @@ from mscompile.errors import GateFailed, UsageError
 from mscompile.golden import Golden
 from validation import junit, markdown, parity_html, thresholds
 from validation.evidence import Baseline, LogitChange, Slowdown, Validation, least_median
+from validation.invariants import Check
 from validation.latency import Ratio
-from validation.parity import TOLERANCES, ParityReport, Perplexity, TensorParity, thinned
+from validation.parity import TOLERANCES, ParityReport, TensorParity, thinned
+from validation.perplexity import Perplexity
 
 Run = Callable[..., tuple[int, str, str]]
 FP32 = TOLERANCES["fp32"]
@@ -118,6 +120,17 @@ def test_curves_keep_their_peaks() -> None:
     assert thinned([], 10) == ()
 
 
+def test_what_was_not_checked_is_named() -> None:
+    skipped = Check("row permutation", "rows exchanged", skipped="one row only")
+    found = validation(replace(PASSED, checks=(skipped,)), skipped={"trt": "no GPU"})
+    assert found.unchecked == {
+        "trt": "no GPU",
+        "ort: generation": "it takes the original beside it: --reference",
+        "ort: perplexity": "it takes --reference and 2,048 tokens of text: --tokens",
+        "ort: row permutation": "one row only",
+    }
+
+
 # ---- JUnit ------------------------------------------------------------------------------------------------
 
 
@@ -190,16 +203,20 @@ def test_every_markdown_row_has_as_many_cells_as_its_head() -> None:
 def test_the_page_is_self_contained_and_says_what_was_found() -> None:
     curve = tuple((step, 1e-6 * (1 + step)) for step in range(64))
     shown = report(tensor("logits", 6.4e-5, error_by_step=curve), tensor("<b>", math.inf), failures=(FAULT,))
-    shown = replace(shown, perplexity=Perplexity(4096, 0.001, 0.0005))
+    shown = replace(shown, perplexity=Perplexity(4096, 0.001, 0.0005, 0.0, 0.002, 3.1, 3.1031))
     page = parity_html.parity_page(validation(shown, baseline=BASELINE, skipped={"trt": "no GPU"}))
     assert page.startswith("<!DOCTYPE html>\n")
-    assert not re.search(r"(?:src|href)=|url\(|@import|<script|https?://", page)
+    assert not re.search(r"(?:src|href)=|url\(|@import|<script.+src|https?://", page)
     root = ElementTree.fromstring(page.split("\n", 1)[1])  # noqa: S314 (our own text)
     text = " ".join("".join(root.itertext()).split())
-    for said in ("Failed. model (fp32) failed", FAULT, "A | B", "1.40x (1.30 to 1.50)", "+0.100%", "no GPU", "<b>"):
+    for said in ("model (fp32) failed", FAULT, "A | B", "1.40x (1.30 to 1.50)", "+0.100%", "no GPU", "<b>"):
         assert said in text
     titles = [figure.text for figure in root.iter("figcaption")]
-    assert titles == ["what the worst tensors of ort use of their limits", "random: error against the step"]
+    assert titles == [
+        "what the worst tensors of ort use of their limits",
+        "random: error against the step",
+        "decode@256: ms a step, in the same interleaved rounds",
+    ]
     lines = [line for line in root.iter("polyline") if "dashed" not in str(line.get("class"))]
     assert len(str(lines[0].get("points")).split()) == 64
 
@@ -207,7 +224,7 @@ def test_the_page_is_self_contained_and_says_what_was_found() -> None:
 def test_a_page_without_curves_has_no_empty_chart() -> None:
     page = parity_html.parity_page(validation(PASSED))
     assert "error against the step" not in page
-    assert 'class="yes">Passed.' in page
+    assert "<strong>model (fp32) passed" in page
 
 
 # ---- Limits -----------------------------------------------------------------------------------------------
@@ -257,7 +274,7 @@ def test_an_override_with_a_reason_drops_the_default_and_is_repeated(tmp_path: P
 
 
 def test_perplexity_is_gated_by_the_files_limit(tmp_path: Path) -> None:
-    lost = replace(PASSED, perplexity=Perplexity(4096, 0.004, 0.001))
+    lost = replace(PASSED, perplexity=Perplexity(4096, 0.004, 0.001, 0.002, 0.006, 3.1, 3.1124))
     limits = read(tmp_path, "[fp32]\nmax_perplexity_loss = 0.003\n").limits("fp32", STATES)
     assert limits.gate(lost).failures[0].startswith("perplexity on text is 0.40%")
     assert limits.gate(limits.gate(lost)) == limits.gate(lost)

@@ -11,6 +11,7 @@ from math import comb, inf, isnan
 from statistics import median
 from typing import Any
 
+from mscompile.contracts import StreamSpec
 from mscompile.errors import GateFailed
 from validation.latency import Ratio
 from validation.parity import ParityReport, TensorParity, measures
@@ -101,6 +102,23 @@ class Baseline:
 
 
 @dataclass(frozen=True)
+class Subject:
+    """The bundle that is validated: what it holds, and where it is from."""
+
+    family: str
+    parameters: int | None  # of the checkpoint; None: the manifest does not say
+    versions: Mapping[str, str]  # of what exported it
+    graph_bytes: int  # graphs and weights
+    engine_bytes: Mapping[str, int]
+    total_bytes: int
+    spec: StreamSpec
+    nodes: tuple[Mapping[str, Any], ...]  # of each graph after each stage of its export; empty in older bundles
+    operations: Mapping[str, int]  # floating-point, of one call for one stream, of graphs of one token
+    verified_at_export: tuple[str, ...]  # engines
+    command: str
+
+
+@dataclass(frozen=True)
 class Validation:
     """What was checked of a bundle, by which limits, and what came of it."""
 
@@ -116,6 +134,7 @@ class Validation:
     thresholds: str | None  # the file that set the limits
     faults: tuple[str, ...]  # of the bundle as a whole
     baseline: Baseline | None = None
+    subject: Subject | None = None
 
     @property
     def failures(self) -> list[str]:
@@ -133,6 +152,21 @@ class Validation:
         count = len(self.failures)
         found = "passed" if self.passed else f"failed: {count} limit{'s' if count > 1 else ''} broken"
         return f"{self.bundle} ({self.precision}) {found}, against {self.against}"
+
+    @property
+    def unchecked(self) -> dict[str, str]:
+        """What was not checked, and why."""
+        left = dict(self.skipped)
+        built = self.subject.engine_bytes if self.subject else {}
+        ran = {report.engine for report in self.reports}
+        left |= {engine: "built, and not asked for" for engine in built if engine not in ran and engine not in left}
+        for report in self.reports:
+            if report.generation is None:
+                left[f"{report.engine}: generation"] = "it takes the original beside it: --reference"
+            if report.perplexity is None:
+                left[f"{report.engine}: perplexity"] = "it takes --reference and 2,048 tokens of text: --tokens"
+            left |= {f"{report.engine}: {each.name}": each.skipped for each in report.checks if each.skipped}
+        return left
 
     def raise_if_failed(self) -> None:
         """GateFailed with the first failure and how many more there are."""

@@ -1,5 +1,5 @@
-"""Reports as one HTML file: no script, no other file, no network. Light or dark as the reader's system says, readable
-on a phone and in print.
+"""Reports as one HTML file: no other file, no network, complete without its script. Light or dark as the reader's
+system says, readable on a phone and in print.
 """
 
 from __future__ import annotations
@@ -9,34 +9,9 @@ from html import escape
 from typing import Any
 
 from validation import svg
+from validation.style import SCRIPT, STYLE
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --soft: #667; --rule: #d5d9df;
-  --c0: #2563b8; --c1: #c2571a; --c2: #2e7d4f; --c3: #8445ad; --c4: #a8861a; --c5: #b03a5b; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e7eb; --paper: #14171b; --soft: #9aa3ad; --rule: #343a42;
-  --c0: #6fa8ee; --c1: #f0995f; --c2: #6cc48f; --c3: #c493e6; --c4: #dcbf5a; --c5: #ec8aa5; } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 60rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.5rem; line-height: 1.2; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-p.facts, p.legend, figcaption { color: var(--soft); font-size: .9rem; }
-figure { margin: 1rem 0; break-inside: avoid; } svg { width: 100%; height: auto; display: block; }
-.label { font-size: 13px; fill: currentColor; } .grid { stroke: var(--rule); }
-.line { fill: none; stroke-width: 2.2; } .dashed { stroke-dasharray: 6 5; } .line.limit { stroke: var(--ink); }
-.line.s0 { stroke: var(--c0); } .line.s1 { stroke: var(--c1); } .line.s2 { stroke: var(--c2); }
-.line.s3 { stroke: var(--c3); } .line.s4 { stroke: var(--c4); } .line.s5 { stroke: var(--c5); }
-.bar.s0, .mark.s0 { fill: var(--c0); } .bar.s1, .mark.s1 { fill: var(--c1); } .bar.s2, .mark.s2 { fill: var(--c2); }
-.bar.s3, .mark.s3 { fill: var(--c3); } .bar.s4, .mark.s4 { fill: var(--c4); } .bar.s5, .mark.s5 { fill: var(--c5); }
-.key { margin-right: 1.1rem; white-space: nowrap; } .key::before { content: "\\25CF "; }
-.key.s0::before { color: var(--c0); } .key.s1::before { color: var(--c1); } .key.s2::before { color: var(--c2); }
-.key.s3::before { color: var(--c3); } .key.s4::before { color: var(--c4); } .key.s5::before { color: var(--c5); }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .92rem; }
-th, td { text-align: right; padding: .3rem .6rem; border-bottom: 1px solid var(--rule); white-space: nowrap;
-  font-variant-numeric: tabular-nums; }
-th { color: var(--soft); font-weight: 600; } th:first-child, td:first-child, td.words { text-align: left; }
-td.words { white-space: normal; } .yes { color: var(--c2); } .no { color: var(--c5); font-weight: 600; }
-@media print { :root { color-scheme: light; --ink: #000; --paper: #fff; --soft: #444; --rule: #bbb; }
-  body { max-width: none; padding: 0; font-size: 11pt; } h2 { break-after: avoid; } .scroll { overflow: visible; } }
-"""
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
 def page(title: str, parts: Sequence[str]) -> str:
@@ -44,13 +19,50 @@ def page(title: str, parts: Sequence[str]) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}"/>'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n"
-        f"<body><h1>{escape(title)}</h1>\n" + "\n".join(part for part in parts if part) + "\n</body></html>\n"
+        f"<body><main><h1>{escape(title)}</h1>\n" + "\n".join(part for part in parts if part) + "\n</main>"
+        f"<script>{SCRIPT}</script></body></html>\n"
     )
 
 
-def heading(text: str) -> str:
-    return f"<h2>{escape(text)}</h2>"
+def heading(text: str, level: int = 2) -> str:
+    return f"<h{level}>{escape(text)}</h{level}>"
+
+
+def verdict(passed: bool, sentence: str, beside: str) -> str:
+    """The first thing to read."""
+    kind, sign = ("", "\u2713") if passed else (" failed", "\u2717")
+    return (
+        f'<div class="verdict{kind}"><span class="sign" aria-hidden="true">{sign}</span>'
+        f"<div><strong>{escape(sentence)}</strong><p>{escape(beside)}</p></div></div>"
+    )
+
+
+def tiles(facts: Sequence[tuple[str, str, str]]) -> str:
+    """Figures side by side: what, its value, and what stands below it."""
+    told = (
+        f'<div class="tile"><dt>{escape(what)}</dt><dd>{escape(value)}</dd><dd>{escape(below)}</dd></div>'
+        for what, value, below in facts
+    )
+    return f'<dl class="tiles">{"".join(told)}</dl>'
+
+
+def listed(sentences: Sequence[str]) -> str:
+    return "<ul>" + "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences) + "</ul>" if sentences else ""
+
+
+def folded(summary: str, content: str) -> str:
+    return f"<details><summary>{escape(summary)}</summary>{content}</details>"
+
+
+def size(count: float) -> str:
+    """Bytes for people, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
+        count /= 1000
+    raise AssertionError
 
 
 def paragraph(text: str, kind: str = "") -> str:
@@ -59,9 +71,11 @@ def paragraph(text: str, kind: str = "") -> str:
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]], words: Sequence[int] = (0,)) -> str:
     """`words` are the columns whose text may break into lines; a bool is shown as yes or no."""
-    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    kinds = (' class="words"' if number in words else "" for number in range(len(columns)))
+    head = "".join(f'<th scope="col"{kind}>{escape(name)}</th>' for kind, name in zip(kinds, columns, strict=True))
     body = "".join("<tr>" + "".join(_cell(cell, n in words) for n, cell in enumerate(row)) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    whole = f'<table class="sortable"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<div class="scroll" tabindex="0">{whole}</div>'
 
 
 def _cell(value: object, words: bool) -> str:
@@ -89,6 +103,7 @@ def bench_page(report: Mapping[str, Any]) -> str:
     """The page of a benchmark report, given as its JSON: each workload as bars and as a table."""
     title = f"Latency of {report['bundle']}"
     parts = [
+        tiles(_fastest(report)),
         paragraph(machine_line(report["machine"]), "facts"),
         paragraph(
             f"Batch {report['batch']}, {report['rounds']} interleaved rounds, each engine in a process of its own. "
@@ -101,6 +116,18 @@ def bench_page(report: Mapping[str, Any]) -> str:
     if report["skipped"]:
         parts += [heading("Not measured"), table(("what", "why"), list(report["skipped"].items()), words=(0, 1))]
     return page(title, parts)
+
+
+def _fastest(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Of each workload the fastest engine, and how it stands to the original."""
+    facts = []
+    for workload in dict.fromkeys(row["workload"] for row in report["latencies"]):
+        rows = [row for row in report["latencies"] if row["workload"] == workload]
+        best = min(rows, key=lambda row: row["ms_per_step"])
+        found = report["speedups"].get(f"{best['engine']} {workload} torch")
+        beside = f"{best['engine']}; {found['median']:.1f}x as fast as the original" if found else best["engine"]
+        facts.append((workload, f"{best['ms_per_step']:.3g} ms", beside))
+    return facts
 
 
 def _workload(report: Mapping[str, Any], workload: str) -> list[str]:
@@ -131,7 +158,15 @@ def _workload(report: Mapping[str, Any], workload: str) -> list[str]:
         if key.endswith(f" {workload} {other}")
     ]
     columns = ("engine", "ms a step", "p95", "least", "tokens/s", "of the ceiling", "logit error")
-    parts = [heading(workload), svg.bars(f"ms a step, {workload}", lengths, limit), table(columns, cells)]
+    spreads = [
+        (shown[row["engine"]], (row["min_ms"], None, row["ms_per_step"], None, row["p95_ms"]), "") for row in rows
+    ]
+    parts = [
+        heading(workload),
+        svg.bars(f"ms a step, {workload}", lengths, limit),
+        svg.spreads("spread of single steps: least, median, 95 % of them", spreads, "ms"),
+        table(columns, cells),
+    ]
     if compared:
         parts.append(table(("engine", "against", "times as fast"), compared))
     parts += [

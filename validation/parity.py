@@ -6,6 +6,8 @@ from the stream program run in PyTorch. Everything is paired by name: a missing 
 
 from __future__ import annotations
 
+import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import inf
@@ -14,7 +16,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from mscompile.contracts import Array, Session, StateSpec, StreamSpec
-from mscompile.errors import GateFailed, MsCompileError
+from mscompile.errors import GateFailed
+from validation import invariants
+from validation.invariants import Check
+from validation.perplexity import Perplexity, perplexity
 from validation.rollouts import Rollout
 
 NewSession = Callable[[int], Session]  # batch -> session at position 0
@@ -37,7 +42,7 @@ class Tolerance:
     state_max_abs: float
     max_norm_ratio_error: float  # | |engine| / |reference| - 1 | of logits
     state_relative: float = inf  # |engine - reference| / |reference|, of a whole state: it drifts with the weights
-    max_perplexity_loss: float = inf  # share; over all text rollouts, where they have PERPLEXITY_TOKENS
+    max_perplexity_loss: float = inf  # share; over all text rollouts, where they are long enough
 
     def limits(self) -> dict[str, float]:
         """Those that apply, by name."""
@@ -45,7 +50,8 @@ class Tolerance:
 
 
 CURVE_POINTS = 64
-PERPLEXITY_TOKENS = 2048  # with fewer, the noise of the loss is as large as the limits
+COUPLED = ("int8-dynamic",)  # precisions in which all rows of a call share a scale
+TIMES, LEAST_TIMES = 41, 12  # quantiles of the times of steps, and steps that are enough to tell
 
 TOLERANCES: Mapping[str, Tolerance] = {
     # FP32 on both sides: only the order of sums differs, 1e-5 as measured; the ceiling leaves two decades.
@@ -89,12 +95,30 @@ class TensorParity:
 
 
 @dataclass(frozen=True)
-class Perplexity:
-    """What the engine loses on real text, paired token by token with the original."""
+class Generation:
+    """Greedy continuations that run free: each side is fed what it chose itself."""
 
-    tokens: int
-    loss: float  # perplexity of the engine over that of the original, minus 1
-    standard_error: float  # of the loss
+    rows: int
+    tokens: int  # a row, until the first that differs
+    first_divergence: int | None = None  # number of the token at which a continuation leaves the original's
+    row: int | None = None
+    chosen: int | None = None  # by the engine there ...
+    expected: int | None = None  # ... and by the original
+    margin: float | None = None  # between the original's best two logits there
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """How long steps of one token took while they were checked: a hint, not a benchmark."""
+
+    graph: str
+    batch: int
+    steps: int
+    quantiles_ms: tuple[float, ...]  # at 0, 1/40, .. 1
+
+    def at(self, share: float) -> float:
+        """Milliseconds that this share of steps takes at most."""
+        return self.quantiles_ms[round(share * (len(self.quantiles_ms) - 1))]
 
 
 @dataclass(frozen=True)
@@ -106,8 +130,10 @@ class ParityReport:
     tolerance: Tolerance
     tensors: tuple[TensorParity, ...]
     failures: tuple[str, ...]
-    first_divergence: int | None = None  # token at which a greedy continuation leaves the reference
+    generation: Generation | None = None  # None: there was no original to run beside it
     perplexity: Perplexity | None = None  # None: too little text was given
+    checks: tuple[Check, ...] = ()
+    step_times: tuple[StepTimes, ...] = ()  # not in manifests
 
     @property
     def passed(self) -> bool:
@@ -120,6 +146,10 @@ class ParityReport:
     @property
     def argmax_agreement(self) -> float:
         return min((t.argmax_agreement for t in self.tensors if t.argmax_agreement is not None), default=1.0)
+
+    @property
+    def first_divergence(self) -> int | None:
+        return self.generation.first_divergence if self.generation else None
 
     def raise_if_failed(self) -> None:
         if self.failures:
@@ -189,8 +219,9 @@ class _LogitStatistics:
 
     def __init__(self, outlier_above: float) -> None:
         self.outlier_above = outlier_above
-        self.tokens = self.agreeing = self.outliers = self.values = self.scored = 0
-        self.kl = self.reference_nats = self.engine_nats = self.lost_square = 0.0
+        self.tokens = self.agreeing = self.outliers = self.values = 0
+        self.kl = 0.0
+        self.nats: list[tuple[Array, Array]] = []  # of the tokens that come next: the original's, the engine's
 
     def add(self, found: Array, wanted: Array, following: Array) -> None:
         """`following` are the tokens that come next, for as many positions as are known."""
@@ -201,31 +232,23 @@ class _LogitStatistics:
         self.values += found.size
         self.kl += float((np.exp(log_wanted) * (log_wanted - log_found)).sum())
         rows, columns = np.indices(following.shape)
-        self.scored += following.size
-        of_reference, of_engine = log_wanted[rows, columns, following], log_found[rows, columns, following]
-        self.reference_nats -= float(of_reference.sum())
-        self.engine_nats -= float(of_engine.sum())
-        self.lost_square += float(np.square(of_reference - of_engine).sum())
+        self.nats.append((-log_wanted[rows, columns, following], -log_found[rows, columns, following]))
+
+    def losses(self) -> tuple[Array, Array]:
+        """Nats (batch, N) that each token costs the original, and the engine."""
+        original, engine = (np.concatenate(parts, axis=1) for parts in zip(*self.nats, strict=True))
+        return original, engine
 
     def extra(self, is_text: bool) -> dict[str, float | None]:
-        per_bit = self.scored * np.log(2)
+        scored = is_text and any(part.size for part, _ in self.nats)
+        original, engine = self.losses() if scored else (None, None)
         return {
             "argmax_agreement": self.agreeing / max(self.tokens, 1),
             "kl": self.kl / max(self.tokens, 1),
             "outlier_share": self.outliers / max(self.values, 1),
-            "reference_bits": self.reference_nats / per_bit if is_text and per_bit else None,
-            "engine_bits": self.engine_nats / per_bit if is_text and per_bit else None,
+            "reference_bits": None if original is None else float(original.mean() / np.log(2)),
+            "engine_bits": None if engine is None else float(engine.mean() / np.log(2)),
         }
-
-
-def perplexity(texts: Sequence[_LogitStatistics]) -> Perplexity | None:
-    """The loss over all text; None where there is too little of it to tell."""
-    tokens = sum(text.scored for text in texts)
-    if tokens < PERPLEXITY_TOKENS:
-        return None
-    lost = sum(text.engine_nats - text.reference_nats for text in texts) / tokens
-    variance = max(sum(text.lost_square for text in texts) / tokens - lost**2, 0.0)
-    return Perplexity(tokens, float(np.expm1(lost)), float(np.exp(lost) * np.sqrt(variance / tokens)))
 
 
 def log_softmax(logits: Array) -> Array:
@@ -252,23 +275,51 @@ def check(
     tolerance = TOLERANCES[precision]
     tensors: list[TensorParity] = []
     failures: list[str] = []
-    texts: list[_LogitStatistics] = []
+    texts: list[tuple[tuple[int, ...], Array, Array]] = []
+    times = _Times(spec)
     for rollout in rollouts:
         batch = rollout.tokens.shape[0]
-        program = states(batch)
+        expected = expected_logits(rollout, reference)
         compared, broken, statistics = _run(
-            rollout, spec, new_session(batch), expected_logits(rollout, reference), program, None, tolerance, progress
+            rollout, spec, new_session(batch), expected, states(batch), None, tolerance, progress, times
         )
         tensors += compared
         failures += broken
-        texts += [statistics] if rollout.is_text else []
+        texts += [(rollout.starts, *statistics.losses())] if rollout.is_text and compared else []
     lost = perplexity(texts)
-    failures += perplexity_faults(lost, tolerance)
-    failures += _snapshot_faults(new_session, rollouts[0])
-    divergence = _greedy_divergence(spec, new_session, reference, rollouts[0])
-    if divergence is not None and precision == "fp32":
-        failures.append(f"greedy continuation: token {divergence} differs from the original's")
-    return ParityReport(engine, precision, tolerance, tuple(tensors), tuple(failures), divergence, lost)
+    widest = max(rollouts, key=lambda rollout: len(rollout.tokens)).tokens
+    checks = _invariants(spec, new_session, widest, precision)
+    generation, left = generate(spec, new_session, reference, widest, tolerance)
+    failures += [*perplexity_faults(lost, tolerance), *left, *(fault for each in checks for fault in each.failures)]
+    return ParityReport(
+        engine, precision, tolerance, tuple(tensors), tuple(failures), generation, lost, checks, times.summary()
+    )
+
+
+def _invariants(spec: StreamSpec, new_session: NewSession, tokens: Array, precision: str) -> tuple[Check, ...]:
+    allowed = TOLERANCES[precision].logit_outlier_above
+    return invariants.check(spec, new_session, tokens, allowed, precision in COUPLED)
+
+
+class _Times:
+    """Milliseconds of the steps of one token, by graph and batch."""
+
+    def __init__(self, spec: StreamSpec) -> None:
+        self.spec, self.taken = spec, defaultdict[tuple[str, int], list[float]](list)
+
+    def add(self, before: Array, count: int, begun: float) -> None:
+        """A step of `count` tokens begun at `begun`, with rows at `before`; those that do not share it are left out."""
+        if count == 1 and (before == before[0]).all():
+            graph = self.spec.schedule.next_call(int(before[0]), 1).graphs[0]
+            self.taken[graph, len(before)].append((time.perf_counter() - begun) * 1e3)
+
+    def summary(self) -> tuple[StepTimes, ...]:
+        """The first step of each, which binds arrays, is left out."""
+        return tuple(
+            StepTimes(graph, batch, len(ms) - 1, tuple(np.quantile(ms[1:], np.linspace(0, 1, TIMES)).tolist()))
+            for (graph, batch), ms in sorted(self.taken.items())
+            if len(ms) > LEAST_TIMES
+        )
 
 
 def expected_logits(rollout: Rollout, reference: Reference) -> Array:
@@ -301,6 +352,7 @@ def _run(
     final_states: Mapping[str, Array] | None,
     tolerance: Tolerance,
     progress: Progress,
+    times: _Times,
 ) -> tuple[list[TensorParity], list[str], _LogitStatistics]:
     """One rollout: what was compared, what breaks the gate, and the sums over its logits.
 
@@ -316,8 +368,9 @@ def _run(
         for session in (engine, program):
             if session is not None and number in resets:
                 session.reset(resets[number])
-        before = engine.position
+        before, begun = engine.position, time.perf_counter()
         found = engine.step(rollout.tokens[:, part])
+        times.add(before, chunk, begun)
         if program is not None:
             program.step(rollout.tokens[:, part])
         error = logits.add(found, expected[:, part], batch * chunk, _logit_place(spec, before, chunk))
@@ -325,7 +378,7 @@ def _run(
         statistics.add(found, expected[:, part], rollout.tokens[:, done + 1 : done + chunk + 1])
         done += chunk
         progress(batch * chunk)
-        if done == length or (rollout.every_state and program is not None):
+        if done == length or (program is not None and rollout.compares_states(number)):
             wanted = program.state().states if program is not None else final_states or {}
             fault = _add_states(engine, spec, wanted, named, batch * chunk, number, done)
             if fault:
@@ -424,43 +477,54 @@ def perplexity_faults(lost: Perplexity | None, tolerance: Tolerance) -> list[str
     if lost is None or lost.loss <= tolerance.max_perplexity_loss:
         return []
     sentence = (
-        f"perplexity on text is {lost.loss:.2%} (+- {lost.standard_error:.2%}) above the original's, over "
-        f"{lost.tokens} tokens; {tolerance.max_perplexity_loss:.2%} is allowed"
+        f"perplexity on text is {lost.loss:.2%} above the original's (95 % interval {lost.low:.2%} to "
+        f"{lost.high:.2%}), over {lost.tokens} tokens; {tolerance.max_perplexity_loss:.2%} is allowed"
     )
     return [sentence]
 
 
-def _snapshot_faults(new_session: NewSession, rollout: Rollout) -> list[str]:
-    """A restored session must go on bit by bit as it did before."""
-    session = new_session(1)
-    tokens = rollout.tokens[:1, :24]
-    session.step(tokens[:, :11])
-    saved = session.state()
-    first = session.step(tokens[:, 11:])
-    try:
-        session.restore(saved)
-    except MsCompileError as error:
-        return [f"snapshot: a session does not take its own back: {error}"]
-    again = session.step(tokens[:, 11:])
-    return [] if np.array_equal(first, again) else ["snapshot: a restored session does not repeat itself"]
+def generate(
+    spec: StreamSpec,
+    new_session: NewSession,
+    reference: Reference,
+    tokens: Array,
+    tolerance: Tolerance,
+    prompt: int = 16,
+    length: int = 48,
+) -> tuple[Generation, list[str]]:
+    """Greedy continuations of the first tokens of each row, and the sentence that breaks the gate.
 
-
-def _greedy_divergence(
-    spec: StreamSpec, new_session: NewSession, reference: Reference, rollout: Rollout, length: int = 48
-) -> int | None:
-    """The first token at which free-running greedy continuations differ, None if none does."""
+    Each logit may be `logit_max_abs` away from the original's, so two that are closer than twice that may change
+    places: there a continuation may leave the original's.
+    """
     if spec.max_context is not None:
         length = min(length, spec.max_context // 2)
-    seen = rollout.tokens[:1, : max(1, min(16, length))]
-    session = new_session(1)
+    seen = tokens[:, : max(1, min(prompt, length))]
+    rows, session = len(seen), new_session(len(seen))
     found = session.step(seen)
     for token in range(length):
-        chosen, expected = found[:, -1:].argmax(-1), reference(seen)[:, -1:].argmax(-1)
+        wanted = reference(seen)[:, -1]
+        chosen, expected = found[:, -1].argmax(-1), wanted.argmax(-1)
         if (chosen != expected).any():
-            return token
-        seen = np.concatenate([seen, expected], axis=1)
-        found = session.step(chosen)
-    return None
+            row = int(np.flatnonzero(chosen != expected)[0])
+            second, best = np.sort(wanted[row].astype(np.float64))[-2:]
+            at = Generation(rows, token, token, row, int(chosen[row]), int(expected[row]), float(best - second))
+            return at, divergence_faults(at, tolerance)
+        seen = np.concatenate([seen, expected[:, None]], axis=1)
+        found = session.step(chosen[:, None])
+    return Generation(rows, length), []
+
+
+def divergence_faults(found: Generation | None, tolerance: Tolerance) -> list[str]:
+    """The sentence that breaks the gate, where the limits do not explain why a continuation left the original's."""
+    if found is None or found.margin is None or found.margin <= 2 * tolerance.logit_max_abs:
+        return []
+    sentence = (
+        f"greedy continuation: token {found.first_divergence} differs from the original's in row {found.row}, "
+        f"{found.chosen} for {found.expected}, whose best two logits are {found.margin:.3g} apart there; errors within "
+        f"the limits make up for {2 * tolerance.logit_max_abs:.3g}"
+    )
+    return [sentence]
 
 
 class StoredRollout(Protocol):
@@ -481,16 +545,29 @@ class StoredRollout(Protocol):
 def check_golden(
     engine: str, precision: str, spec: StreamSpec, new_session: NewSession, golden: Sequence[StoredRollout]
 ) -> ParityReport:
-    """Replay stored rollouts. Needs neither the reference model nor torch."""
-    tolerance = TOLERANCES[precision]
+    """Replay stored rollouts, and check sessions on their tokens. Needs neither the reference model nor torch."""
+    tolerance, times = TOLERANCES[precision], _Times(spec)
     tensors: list[TensorParity] = []
     failures: list[str] = []
     for stored in golden:
         rollout = Rollout(stored.name, stored.tokens, tuple(int(chunk) for chunk in stored.chunks))
         session = new_session(stored.tokens.shape[0])
         compared, broken, _ = _run(
-            rollout, spec, session, stored.logits, None, stored.states, tolerance, lambda _: None
+            rollout, spec, session, stored.logits, None, stored.states, tolerance, lambda _: None, times
         )
         tensors += compared
         failures += broken
-    return ParityReport(engine, precision, tolerance, tuple(tensors), tuple(failures))
+    checks: tuple[Check, ...] = ()
+    if golden:
+        widest = max(golden, key=lambda stored: len(stored.tokens)).tokens
+        checks = _invariants(spec, new_session, widest, precision)
+        failures += [fault for each in checks for fault in each.failures]
+    return ParityReport(
+        engine,
+        precision,
+        tolerance,
+        tuple(tensors),
+        tuple(failures),
+        checks=checks,
+        step_times=times.summary(),
+    )

@@ -54,8 +54,8 @@ def _perplexity_line(report: ParityReport) -> str | None:
         return None
     if (lost := report.perplexity) is None:
         return "perplexity: not measured, for want of --tokens text; KL divergence is gated alone"
-    error = f"{lost.standard_error:.2%}"
-    return f"perplexity on {lost.tokens:,} tokens of text: {lost.loss:+.2%} of the original's (standard error {error})"
+    interval = f"95 % interval {lost.low:+.2%} to {lost.high:+.2%}"
+    return f"perplexity on {lost.tokens:,} tokens of text: {lost.loss:+.2%} of the original's ({interval})"
 
 
 def _rollout_cells(tensors: Sequence[TensorParity]) -> list[str]:

@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from mscompile.contracts import Array, StreamSpec
 
 BATCH = 3  # rows of the batched rollouts, where the engine takes as many
+MOMENTS = 8  # at which states are compared in a long rollout
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """Tokens (batch, N) fed in `chunks`, which sum to N; `resets` are (before chunk number, rows)."""
+    """Tokens (batch, N) fed in `chunks`, which sum to N; `resets` are (before chunk number, rows).
+
+    `starts` says where in the text each row begins, if the tokens are real text, so that bits per token mean something.
+    """
 
     name: str
     tokens: Array
     chunks: tuple[int, ...]
     resets: tuple[tuple[int, tuple[int, ...]], ...] = ()
-    is_text: bool = False  # real text, so that bits per token mean something
-    every_state: bool = False  # compare states after every chunk, not only at the end
+    starts: tuple[int, ...] = ()
+    every_state: bool = False  # compare states after every chunk, not at MOMENTS of them
+
+    @property
+    def is_text(self) -> bool:
+        return bool(self.starts)
+
+    def compares_states(self, chunk: int) -> bool:
+        """Whether states are compared after chunk number `chunk`; always after the last."""
+        count = len(self.chunks)
+        return self.every_state or chunk == count - 1 or chunk % -(-count // MOMENTS) == 0
 
 
 def standard(spec: StreamSpec, text: Array | None, steps: int, seed: int = 0) -> tuple[Rollout, ...]:
@@ -31,27 +44,17 @@ def standard(spec: StreamSpec, text: Array | None, steps: int, seed: int = 0) ->
     """
     rng = np.random.default_rng(seed)
     rows = min(BATCH, spec.max_batch)
-    unit = _unit(spec)
+    unit, edges = _unit(spec), _edges(spec)
     short = min(max(4 * unit, 96), steps, 4 * spec.schedule.max_chunk + 7)
-    is_text = text is not None and len(text) > steps
+    kind, starts = "random", tuple[int, ...]()
+    if text is not None and len(text) > steps:
+        kind, starts = "text", _spread(text, 1 + rows, steps)
     return (
-        _long("text" if is_text else "random", _rows(spec, text, 1, steps, rng), spec, rng, is_text),
-        _long(
-            f"text, batch {rows}" if is_text else f"random, batch {rows}",
-            _rows(spec, text, rows, steps, rng),
-            spec,
-            rng,
-            is_text,
-        ),
+        _long(kind, text, steps, 1, starts[:1], spec, rng),
+        _long(f"{kind}, batch {rows}", text, steps, rows, starts[1:], spec, rng),
         _bounded("token by token", _rows(spec, text, 1, short, rng), spec, [1] * short, every_state=True),
-        _bounded(
-            "around multiples",
-            _rows(spec, None, min(2, rows), sum(_edges(spec)), rng),
-            spec,
-            _edges(spec),
-            every_state=True,
-        ),
-        _row_resets(_rows(spec, None, rows, short, rng), spec, rng),
+        _bounded("around multiples", _random(spec, min(2, rows), sum(edges), rng), spec, edges, every_state=True),
+        _row_resets(_random(spec, rows, short, rng), spec, rng),
     )
 
 
@@ -76,8 +79,20 @@ def _unit(spec: StreamSpec) -> int:
 
 def _rows(spec: StreamSpec, text: Array | None, batch: int, length: int, rng: np.random.Generator) -> Array:
     if text is None or len(text) <= length:
-        return rng.integers(0, spec.vocab_size, (batch, length), dtype=np.int64)
-    starts = np.linspace(0, len(text) - length - 1, batch, dtype=np.int64)
+        return _random(spec, batch, length, rng)
+    return _cut(text, _spread(text, batch, length), length)
+
+
+def _random(spec: StreamSpec, batch: int, length: int, rng: np.random.Generator) -> Array:
+    return rng.integers(0, spec.vocab_size, (batch, length), dtype=np.int64)
+
+
+def _spread(text: Array, parts: int, length: int) -> tuple[int, ...]:
+    """Where parts of a text begin that are as far from each other as it allows."""
+    return tuple(np.linspace(0, len(text) - length - 1, parts, dtype=np.int64).tolist())
+
+
+def _cut(text: Array, starts: tuple[int, ...], length: int) -> Array:
     return np.stack([text[start : start + length] for start in starts]).astype(np.int64)
 
 
@@ -92,20 +107,32 @@ def _mixed(spec: StreamSpec, length: int, rng: np.random.Generator) -> list[int]
 
 
 def _edges(spec: StreamSpec) -> list[int]:
-    """k m - 1, k m, k m + 1 for several m, one, and the longest chunk."""
+    """k m - 1, k m, k m + 1 for several m and for every ring's length, one, and the longest chunk."""
     unit, longest = _unit(spec), spec.schedule.max_chunk
     middle = max(longest // (2 * unit), 1) * unit
     edges = [1, unit - 1, unit, unit + 1, 1, middle - 1, middle, middle + 1, longest, 1, longest - 1, longest + 1]
+    if spec.max_context is None:
+        rings = {int(state.shape[state.time_axis]) for state in spec.states if state.time_axis is not None}
+        edges += [ring + more for ring in sorted(rings) if ring < longest for more in (-1, 0, 1)]
     return [edge for edge in edges if edge > 0]
 
 
-def _long(name: str, tokens: Array, spec: StreamSpec, rng: np.random.Generator, is_text: bool) -> Rollout:
-    return _bounded(f"{name}, mixed chunks", tokens, spec, _mixed(spec, tokens.shape[1], rng), is_text)
-
-
-def _bounded(
-    name: str, tokens: Array, spec: StreamSpec, chunks: list[int], is_text: bool = False, every_state: bool = False
+def _long(
+    kind: str,
+    text: Array | None,
+    steps: int,
+    batch: int,
+    starts: tuple[int, ...],
+    spec: StreamSpec,
+    rng: np.random.Generator,
 ) -> Rollout:
+    """A rollout in mixed chunks: of the text that begins at `starts`, or of random tokens."""
+    tokens = _cut(text, starts, steps) if text is not None and starts else _random(spec, batch, steps, rng)
+    name = f"{kind}, mixed chunks"
+    return replace(_bounded(name, tokens, spec, _mixed(spec, steps, rng)), starts=starts)
+
+
+def _bounded(name: str, tokens: Array, spec: StreamSpec, chunks: list[int], every_state: bool = False) -> Rollout:
     """A rollout whose rows are all reset before they would pass the context."""
     limit = spec.max_context or sum(chunks)
     fitting: list[int] = []
@@ -119,7 +146,7 @@ def _bounded(
             part = min(chunk, limit - used)
             fitting.append(part)
             used, chunk = used + part, chunk - part
-    return Rollout(name, tokens[:, : sum(fitting)], tuple(fitting), tuple(resets), is_text, every_state)
+    return Rollout(name, tokens[:, : sum(fitting)], tuple(fitting), tuple(resets), (), every_state)
 
 
 def _row_resets(tokens: Array, spec: StreamSpec, rng: np.random.Generator) -> Rollout:

@@ -102,12 +102,10 @@ def _mask(evidence: Evidence) -> str | None:
         return None
     if found.dtype == np.bool_:
         return f"a mask: {int((found != wanted).sum())} of {wanted.size} places differ"
-    if found.dtype.kind != "f":
-        return None
-    hidden, shown = (
-        int(((found < MASKED) & ~(wanted < MASKED)).sum()),
-        int((~(found < MASKED) & (wanted < MASKED)).sum()),
-    )
+    if found.dtype.kind != "f" or not (found < np.inf).all():
+        return None  # a mask makes no nan and no positive infinity; overflow does
+    hidden = int(((found < MASKED) & ~(wanted < MASKED)).sum())
+    shown = int((~(found < MASKED) & (wanted < MASKED)).sum())
     if hidden or shown:
         return f"{shown} scores are not masked that should be, {hidden} are that should not"
     if "Softmax" in evidence.operators and (other := (found == 0) != (wanted == 0)).any():
@@ -119,13 +117,10 @@ def _shifted(evidence: Evidence) -> str | None:
     found, wanted = evidence.found, evidence.wanted
     if found.shape != wanted.shape:
         return None
-    if (
-        found.dtype.kind in "iu"
-        and found.size
-        and np.abs(gap := found - wanted).max() == 1
-        and (gap == gap.flat[0]).all()
-    ):
-        return f"every index is {int(gap.flat[0]):+d} from the right one"
+    if found.dtype.kind in "iu" and found.size:
+        first = int(found.flat[0]) - int(wanted.flat[0])
+        if abs(first) == 1 and np.array_equal(found, wanted + first):
+            return f"every index is {first:+d} from the right one"
     for axis, size in enumerate(wanted.shape):
         for by in (1, -1):
             if size > 1 and _close(evidence, found, np.roll(wanted, by, axis)):

@@ -1,5 +1,6 @@
-"""Charts as inline SVG: lines and points over two axes, and horizontal bars. No script, no fonts, no colours of its
-own: series are classes `s0`, `s1` ... and text is `currentColor`, which the page's style sheet decides.
+"""Charts: lines and points over two axes as inline SVG; bars, heat maps and spreads as rows of names and strips, so
+that long names stay readable on a phone. No script, no fonts, no colours of its own: series are classes `s0`, `s1` ...
+and text is `currentColor`, which the page's style sheet decides.
 """
 
 from __future__ import annotations
@@ -9,11 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 640, 340
-LEFT, RIGHT, TOP, BOTTOM = 64, 16, 16, 52
+WIDTH, HEIGHT = 640, 330
+LEFT, RIGHT, TOP, BOTTOM = 88, 18, 14, 60
 COLOURS = 6  # classes s0 to s5, then again from s0
-BAR, GAP = 22, 8
-LABEL = 190  # width of a bar's name
+BAR = 70  # percent of the width that the longest bar takes
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,16 @@ def chart(title: str, x: Axis, y: Axis, series: Sequence[Series]) -> str:
     tall = _range(ys if y.log else [0.0, *ys], y)
     across = _scale(_range(xs, x), x.log, LEFT, WIDTH - RIGHT)
     up = _scale(tall, y.log, HEIGHT - BOTTOM, TOP)
-    parts = [_open(title, WIDTH, HEIGHT)]
+    parts = [_open(title, _described(x, y, series))]
     for tick in y.ticks or _ticks(tall, y.log):
         at = up(tick)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(_text(LEFT - 8, at + 4, _number(tick), "end"))
-    below = HEIGHT - BOTTOM + 18
+        parts.append(_text(LEFT - 8, at + 5, _number(tick), "end"))
+    below = HEIGHT - BOTTOM + 22
     parts += [_text(across(tick), below, _number(tick), "middle") for tick in x.ticks or _ticks(_range(xs, x), x.log)]
-    parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12, x.label, "middle"))
+    parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 10, x.label, "middle"))
     parts.append(
-        f'<text class="label" transform="translate(14 {(TOP + HEIGHT - BOTTOM) / 2:.0f}) rotate(-90)" '
+        f'<text class="label" transform="translate(18 {(TOP + HEIGHT - BOTTOM) / 2:.0f}) rotate(-90)" '
         f'text-anchor="middle">{escape(y.label)}</text>'
     )
     parts += [_line(number, one, across, up) for number, one in enumerate(series)]
@@ -61,42 +61,124 @@ def chart(title: str, x: Axis, y: Axis, series: Sequence[Series]) -> str:
 
 def _line(number: int, one: Series, across: Callable[[float], float], up: Callable[[float], float]) -> str:
     places = [(across(px), up(py)) for px, py in one.points]
-    colour = f"s{number % COLOURS}"
+    colour = "limit" if one.dashed else f"s{number % COLOURS}"
     joined = " ".join(f"{px:.1f},{py:.1f}" for px, py in places)
     line = f'<polyline class="line {colour}{" dashed" if one.dashed else ""}" points="{joined}"/>' if one.joined else ""
+    if one.dashed:
+        return line
+    radius = 4 if len(places) <= 12 else 2.5
     marks = (
-        ""
-        if one.dashed
-        else "".join(f'<circle class="mark {colour}" cx="{a:.1f}" cy="{b:.1f}" r="4"/>' for a, b in places)
+        f'<circle class="mark {colour}" cx="{a:.1f}" cy="{b:.1f}" r="{radius}">'
+        f"<title>{escape(one.name)}: {_number(px)}, {py:.3g}</title></circle>"
+        for (a, b), (px, py) in zip(places, one.points, strict=True)
     )
-    return line + marks
+    return line + "".join(marks)
 
 
-def bars(title: str, values: Sequence[tuple[str, float, str]], limit: tuple[str, float] | None = None) -> str:
-    """Horizontal bars (name, length, what is written beside it), and a limit as a dashed line through all of them."""
+def _described(x: Axis, y: Axis, series: Sequence[Series]) -> str:
+    """What a chart shows, in words."""
+    peaks = [
+        f"{one.name}: {y.label} from {min(v for _, v in one.points):.3g} to {max(v for _, v in one.points):.3g}"
+        for one in series
+        if not one.dashed
+    ]
+    return f"{y.label} against {x.label}. " + "; ".join(peaks)
+
+
+def bars(
+    title: str, values: Sequence[tuple[str, float, str]], limit: tuple[str, float] | None = None, kinds: int = 1
+) -> str:
+    """Horizontal bars (name, length, what is written beside it), and a limit as a dashed line through all of them.
+
+    `kinds` colours take turns: 2 for pairs of before and after.
+    """
     if not values:
         return ""
-    height = len(values) * (BAR + GAP) + GAP
-    longest = max([length for _, length, _ in values] + ([limit[1]] if limit else []))
-    across = _scale((0.0, longest), False, LABEL, WIDTH - 120)
-    parts = [_open(title, WIDTH, height)]
-    for number, (name, length, beside) in enumerate(values):
-        top = GAP + number * (BAR + GAP)
-        width = max(across(length) - LABEL, 1.0)
-        parts.append(_text(LABEL - 8, top + BAR - 6, name, "end"))
-        parts.append(
-            f'<rect class="bar s{number % COLOURS}" x="{LABEL}" y="{top}" width="{width:.1f}" height="{BAR}"/>'
-        )
-        parts.append(_text(LABEL + width + 6, top + BAR - 6, beside, "start"))
-    if limit:
-        at = across(limit[1])
-        parts.append(f'<line class="line limit dashed" x1="{at:.1f}" x2="{at:.1f}" y1="0" y2="{height}"/>')
-    note = f'<p class="legend">dashed: {escape(limit[0])}</p>' if limit else ""
-    return _figure(title, parts, note)
+    longest = max([length for _, length, _ in values] + ([limit[1]] if limit else [])) or 1.0
+    line = f'<span class="limit" style="left:{BAR * limit[1] / longest:.2f}%"></span>' if limit else ""
+    rows = (
+        f'<span class="name">{_name(name)}</span><span class="track"><span class="fill s{number % kinds}" '
+        f'style="width:{BAR * length / longest:.2f}%"></span>{line}<span>{escape(beside)}</span></span>'
+        for number, (name, length, beside) in enumerate(values)
+    )
+    note = f'<p class="legend"><span class="key limit">{escape(limit[0])}</span></p>' if limit else ""
+    return f'<figure><figcaption>{escape(title)}</figcaption><div class="bars">{"".join(rows)}</div>{note}</figure>'
 
 
-def _open(title: str, width: int, height: int) -> str:
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">'
+Cell = tuple[str, str]  # a class, or an opacity such as ".4"; and what it says
+
+
+def strips(title: str, rows: Sequence[tuple[str, Sequence[Cell]]], ends: Sequence[str], legend: str = "") -> str:
+    """A row of cells for each name: a heat map, or what is on when; `ends` stand below the first and last column."""
+    if not rows:
+        return ""
+    drawn = "".join(f'<span class="name">{_name(name)}</span>{_strip(name, cells)}' for name, cells in rows)
+    foot = "".join(f"<span>{escape(end)}</span>" for end in ends)
+    return (
+        f'<figure><figcaption>{escape(title)}</figcaption><div class="strips">{drawn}'
+        f'<span class="foot-space"></span><span class="foot">{foot}</span></div>{legend}</figure>'
+    )
+
+
+def _strip(name: str, cells: Sequence[Cell]) -> str:
+    drawn = []
+    for place, (kind, said) in enumerate(cells):
+        look = f'style="fill:rgba(var(--heat),{kind})"' if kind.startswith((".", "1")) else f'class="{kind}"'
+        drawn.append(f'<rect {look} x="{place}" y="0" width="1" height="1"><title>{escape(said)}</title></rect>')
+    alone = f'role="img" aria-label="{escape(name)}, {len(cells)} columns"'
+    return f'<svg viewBox="0 0 {len(cells)} 1" preserveAspectRatio="none" {alone}>{"".join(drawn)}</svg>'
+
+
+Spread = tuple[float, float | None, float, float | None, float]  # least, low, median, high, most
+
+
+def spreads(title: str, rows: Sequence[tuple[str, Spread, str]], unit: str) -> str:
+    """How values lie, a row each on one logarithmic scale: from least to most, between low and high, and the median."""
+    rows = [row for row in rows if row[1][0] > 0]
+    if not rows:
+        return ""
+    span = (min(spread[0] for _, spread, _ in rows) / 1.1, max(spread[4] for _, spread, _ in rows) * 1.1)
+    across = _scale(span, True, 0, 100)
+    drawn = "".join(
+        f'<span class="name">{_name(name)}</span>{_spread(f"{name}: {beside or _said(spread, unit)}", spread, across)}'
+        for name, spread, beside in rows
+    )
+    foot = f"<span>{_number(span[0])} {unit}</span><span>{_number(span[1])} {unit}, logarithmic</span>"
+    return (
+        f'<figure><figcaption>{escape(title)}</figcaption><div class="strips">{drawn}'
+        f'<span class="foot-space"></span><span class="foot">{foot}</span></div></figure>'
+    )
+
+
+def _said(spread: Spread, unit: str) -> str:
+    return f"least {spread[0]:.3g} {unit}, median {spread[2]:.3g} {unit}, {spread[4]:.3g} {unit} at the end"
+
+
+def _spread(said: str, spread: Spread, across: Callable[[float], float]) -> str:
+    least, low, middle, high, most = (None if value is None else across(value) for value in spread)
+    assert least is not None
+    assert middle is not None
+    assert most is not None
+    box = (
+        f'<rect class="range" x="{low:.2f}" y="3" width="{max(high - low, 0.3):.2f}" height="14"/>'
+        if low is not None and high is not None
+        else ""
+    )
+    line = (
+        f'<line class="whisker" x1="{least:.2f}" x2="{most:.2f}" y1="10" y2="10" vector-effect="non-scaling-stroke"/>'
+    )
+    mark = (
+        f'<line class="median" x1="{middle:.2f}" x2="{middle:.2f}" y1="2" y2="18" vector-effect="non-scaling-stroke"/>'
+    )
+    head = f'viewBox="0 0 100 20" preserveAspectRatio="none" role="img" aria-label="{escape(said)}"'
+    return f"<svg {head}><title>{escape(said)}</title>{box}{line}{mark}</svg>"
+
+
+def _open(title: str, described: str) -> str:
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}. {escape(described)}">'
+        f"<desc>{escape(described)}</desc>"
+    )
 
 
 def _figure(title: str, parts: Sequence[str], legend: str) -> str:
@@ -104,8 +186,14 @@ def _figure(title: str, parts: Sequence[str], legend: str) -> str:
 
 
 def _legend(series: Sequence[Series]) -> str:
-    keys = (f'<span class="key s{n % COLOURS}">{escape(one.name)}</span>' for n, one in enumerate(series))
+    kinds = ("limit" if one.dashed else f"s{number % COLOURS}" for number, one in enumerate(series))
+    keys = (f'<span class="key {kind}">{escape(one.name)}</span>' for kind, one in zip(kinds, series, strict=True))
     return f'<p class="legend">{" ".join(keys)}</p>'
+
+
+def _name(text: str) -> str:
+    """A name, which may break behind its dots."""
+    return escape(text).replace(".", ".<wbr/>")
 
 
 def _text(x: float, y: float, text: str, anchor: str) -> str:
@@ -139,4 +227,6 @@ def _ticks(span: tuple[float, float], log: bool) -> list[float]:
 
 
 def _number(value: float) -> str:
+    if 0 < abs(value) < 0.01:
+        return f"{value:.0e}".replace("e-0", "e-")
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

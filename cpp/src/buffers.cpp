@@ -27,7 +27,8 @@ template <class Number>
 void store(double number, std::byte* place, const StateSpec& spec) {
     if constexpr (std::is_integral_v<Number>) {
         const double limit = std::ldexp(1.0, std::numeric_limits<Number>::digits);
-        if (!(number >= static_cast<double>(std::numeric_limits<Number>::min()) && number < limit))
+        const bool fits = number >= static_cast<double>(std::numeric_limits<Number>::min()) && number < limit;
+        if (!fits)
             throw Error(Fault::bundle, "state " + in_quotes(spec.name) + " begins with " + shown(number) + ", which " +
                                            spec.dtype + " cannot hold; export the bundle again");
     }
@@ -59,16 +60,19 @@ std::int64_t product(const Shape& shape, std::size_t first, std::size_t last) {
 
 }  // namespace
 
-Buffer::Buffer(const StateSpec& spec, std::int64_t batch)
-    : spec_(&spec),
+Buffer::Buffer(const StateSpec& spec, std::int64_t batch, Executor& executor)
+    : executor_(&executor),
+      spec_(&spec),
       batch_(batch),
       shape_(spec.concrete(batch)),
-      value_(byte_size(spec.dtype, shape_)),
+      value_(executor, byte_size(spec.dtype, shape_)),
       written_(static_cast<std::size_t>(batch), 0) {
     layout_ = layout();
-    start_ = initial();
+    const auto start = initial();
+    start_ = Resident(executor, start.size());
+    executor.upload(start_.data(), start.data(), start.size());
     if (is_ring()) capacity_ = shape_[static_cast<std::size_t>(*spec.time_axis)];
-    if (!is_ring()) spare_ = Memory(value_.size());
+    if (!is_ring()) spare_ = Resident(executor, value_.size());
     for (std::int64_t row = 0; row < batch; ++row) {
         reset(row);
         if (!is_ring()) copy_row(start_, spare_, 0, row);
@@ -107,24 +111,29 @@ Memory Buffer::initial() const {
 }
 
 /// Copies one stream; `start_` is a batch of one.
-void Buffer::copy_row(const Memory& from, Memory& to, std::int64_t source, std::int64_t target) const {
+void Buffer::copy_row(const Resident& from, Resident& to, std::int64_t source, std::int64_t target) const {
     const auto axis = static_cast<std::size_t>(spec_->batch_axis);
-    const auto outer = product(shape_, 0, axis);
+    const auto outer = static_cast<std::size_t>(product(shape_, 0, axis));
     const auto size = static_cast<std::size_t>(product(shape_, axis + 1, shape_.size())) * item_size(spec_->dtype);
-    const std::int64_t source_rows = from.size() == start_.size() ? 1 : batch_;
-    for (std::int64_t i = 0; i < outer; ++i)
-        std::memcpy(to.data() + static_cast<std::size_t>(i * batch_ + target) * size,
-                    from.data() + static_cast<std::size_t>(i * source_rows + source) * size, size);
+    const auto from_pitch = (from.size() == start_.size() ? 1 : static_cast<std::size_t>(batch_)) * size;
+    executor_->copy(to.data() + static_cast<std::size_t>(target) * size, static_cast<std::size_t>(batch_) * size,
+                    from.data() + static_cast<std::size_t>(source) * size, from_pitch, size, outer);
 }
 
-Memory Buffer::leading(const Shape& shape) const {
+Resident Buffer::leading(const Shape& shape) const {
     const auto axis = static_cast<std::size_t>(*spec_->time_axis);
     const auto inner = static_cast<std::size_t>(product(shape_, axis + 1, shape_.size())) * item_size(spec_->dtype);
     const auto taken = static_cast<std::size_t>(shape[axis]) * inner;
     const auto whole = static_cast<std::size_t>(shape_[axis]) * inner;
-    Memory copy(byte_size(spec_->dtype, shape));
-    for (std::size_t i = 0; i < static_cast<std::size_t>(product(shape_, 0, axis)); ++i)
-        std::memcpy(copy.data() + i * taken, value_.data() + i * whole, taken);
+    Resident copy(*executor_, byte_size(spec_->dtype, shape));
+    executor_->copy(copy.data(), taken, value_.data(), whole, taken,
+                    static_cast<std::size_t>(product(shape_, 0, axis)));
+    return copy;
+}
+
+std::vector<std::byte> Buffer::bytes() const {
+    std::vector<std::byte> copy(value_.size());
+    executor_->download(copy.data(), value_.data(), copy.size());
     return copy;
 }
 
@@ -154,32 +163,34 @@ void Buffer::append_row(const std::byte* output, std::int64_t added, std::int64_
 /// Copies `count` rows of an output of `length`, beginning with row `from`, to the slots from `slot` on.
 void Buffer::write(const std::byte* output, std::int64_t length, std::int64_t from, std::int64_t slot,
                    std::int64_t count, std::int64_t row) {
-    const bool time_first = layout_.time_first;
     const auto middle = layout_.middle;
-    const auto inner = layout_.inner;
-    const auto block = static_cast<std::size_t>(time_first ? 1 : count) * inner;  // contiguous in both
-    const auto place = [&](std::int64_t i, std::int64_t j, std::int64_t time, std::int64_t rows) {
-        const auto index = time_first ? ((i * rows + time) * middle + j) * batch_ + row
-                                      : ((i * batch_ + row) * middle + j) * rows + time;
-        return static_cast<std::size_t>(index) * inner;
+    const auto place = [&](std::int64_t outer, std::int64_t time, std::int64_t rows) {
+        const auto index = layout_.time_first ? (outer * rows + time) * middle * batch_ + row
+                                              : (outer * batch_ + row) * middle * rows + time;
+        return static_cast<std::size_t>(index) * layout_.inner;
     };
-    for (std::int64_t i = 0; i < layout_.outer; ++i)
-        for (std::int64_t time = 0; time < (time_first ? count : 1); ++time)
-            for (std::int64_t j = 0; j < middle; ++j)
-                std::memcpy(value_.data() + place(i, j, slot + time, capacity_),
-                            output + place(i, j, from + time, length), block);
+    const auto many = [&](std::int64_t items) { return static_cast<std::size_t>(items) * layout_.inner; };
+    for (std::int64_t i = 0; i < layout_.outer; ++i) {
+        auto* to = value_.data() + place(i, slot, capacity_);
+        const auto* new_rows = output + place(i, from, length);
+        if (layout_.time_first)
+            executor_->copy(to, many(batch_), new_rows, many(batch_), layout_.inner,
+                            static_cast<std::size_t>(count * middle));
+        else
+            executor_->copy(to, many(capacity_), new_rows, many(length), many(count), static_cast<std::size_t>(middle));
+    }
 }
 
 SavedState Buffer::saved() const {
     SavedState saved;
     saved.shape = shape_;
-    saved.bytes.assign(value_.data(), value_.data() + value_.size());
+    saved.bytes = bytes();
     if (is_ring()) saved.written = written_;
     return saved;
 }
 
 void Buffer::restore(const SavedState& saved) {
-    std::memcpy(value_.data(), saved.bytes.data(), value_.size());
+    executor_->upload(value_.data(), saved.bytes.data(), value_.size());
     if (is_ring()) written_ = saved.written;
 }
 

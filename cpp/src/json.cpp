@@ -14,7 +14,7 @@ constexpr std::size_t kTextShown = 30;
 constexpr std::size_t kItemsShown = 6;
 constexpr std::size_t kEntriesShown = 4;
 constexpr int kLevelsShown = 6;
-constexpr std::size_t kDeepest = 500;  // a manifest has about ten levels
+constexpr int kDepthLimit = 64;  // of objects and lists in one another; a manifest has about ten levels
 
 std::string shown(const Json& value, int levels);
 
@@ -81,11 +81,19 @@ std::string shown(const Json& value, int levels) {
     return value.dump();
 }
 
-/// Refuses repeated keys and depths that nothing in a bundle has.
+bool is_too_large(const Json& value) {
+    constexpr auto kLargest = static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max());
+    return value.is_number_unsigned() && value.get<std::uint64_t>() > kLargest;
+}
+
+/// Refuses repeated keys, and numbers and depths that nothing in a bundle has.
 class Guard {
   public:
     bool operator()(int depth, Json::parse_event_t event, Json& parsed) {
-        if (static_cast<std::size_t>(depth) > kDeepest) throw Misfit("it is nested too deeply");
+        if (depth >= kDepthLimit)
+            throw Misfit("it has values " + std::to_string(kDepthLimit) + " levels deep and more");
+        if (event == Json::parse_event_t::value && is_too_large(parsed))
+            throw Misfit("it has a whole number of more than 64 bits");
         if (event == Json::parse_event_t::object_start) keys_.emplace_back();
         if (event == Json::parse_event_t::object_end) keys_.pop_back();
         if (event == Json::parse_event_t::key && !keys_.back().insert(parsed.get<std::string>()).second)
@@ -115,10 +123,7 @@ std::string Place::text() const {
 }
 
 std::int64_t Place::integer() const {
-    const bool fits =
-        !value_->is_number_unsigned() ||
-        value_->get<std::uint64_t>() <= static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max());
-    if (!value_->is_number_integer() || !fits) throw wanted("int");
+    if (!value_->is_number_integer()) throw wanted("int");
     return value_->get<std::int64_t>();
 }
 
@@ -165,7 +170,8 @@ void Place::check_keys(const std::string& type, const std::vector<std::string>& 
 Place Place::operator[](const std::string& key) const { return {(*value_)[key], where_ + "." + key}; }
 
 Misfit Place::wanted(const std::string& what) const {
-    return Misfit(where_ + ": wanted " + what + ", got " + type_name(*value_) + " " + shown(*value_, kLevelsShown));
+    Misfit misfit(where_ + ": wanted " + what + ", got " + type_name(*value_) + " " + shown(*value_, kLevelsShown));
+    return misfit;
 }
 
 }  // namespace mscompile

@@ -177,11 +177,29 @@ std::optional<std::string> path_fault(const std::string& name) {
     return std::nullopt;
 }
 
-std::optional<std::string> manifest_fault(const Manifest& manifest, bool checked) {
+/// For each graph an object, with the number of `products` by type among its facts.
+bool are_numerics(const Json& value) {
+    return value.is_object() && std::all_of(value.begin(), value.end(), [](const Json& row) {
+               return row.is_object() && row.contains("products") && row["products"].is_object();
+           });
+}
+
+std::optional<std::string> record_fault(const Json& data) {
+    const auto& source = data["source"];
+    if (!source.contains("sha256") || !source["sha256"].is_string())
+        return "its source has no sha256 of the checkpoint";
+    for (const auto& [name, facts] : data["engines"].items())
+        if (facts.contains("numerics") && !are_numerics(facts["numerics"]))
+            return "engine " + in_quotes(name) + " has numerics that are no products by graph";
+    return std::nullopt;
+}
+
+std::optional<std::string> manifest_fault(const Manifest& manifest, const Json& data) {
     if (auto fault = name_fault("bundle", manifest.name)) return fault;
     for (const auto& engine : manifest.engines)
         if (auto fault = name_fault("engine", engine)) return fault;
-    if (manifest.verified && !checked) return "it says that it was verified and has no parity report";
+    if (auto fault = record_fault(data)) return fault;
+    if (manifest.verified && data["parity"].is_null()) return "it says that it was verified and has no parity report";
     for (const auto& [name, entry] : manifest.files)
         if (auto fault = path_fault(name)) return "file " + in_quotes(name) + " is listed, " + *fault;
     if (auto fault = spec_fault(manifest.spec)) return fault;
@@ -212,7 +230,7 @@ Manifest parse_manifest(std::string_view text, const std::string& bundle) {
         check_schema(data, bundle, path);
         wrong = " does not follow schema 1: ";
         auto found = manifest(Place(data, "manifest"));
-        if (auto fault = manifest_fault(found, !data["parity"].is_null()))
+        if (auto fault = manifest_fault(found, data))
             throw Error(Fault::bundle, path + " contradicts itself: " + *fault + kAgain);
         return found;
     } catch (const Misfit& misfit) {

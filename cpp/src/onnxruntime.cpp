@@ -1,10 +1,8 @@
 // ONNX Runtime on the CPU, through the C interface of a library that is loaded when it is first needed.
-#include <dlfcn.h>
 #include <onnxruntime_c_api.h>
 #include <sys/utsname.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <map>
@@ -17,6 +15,7 @@
 #include "files.hpp"
 #include "json.hpp"
 #include "memory.hpp"
+#include "shared_library.hpp"
 #include "text.hpp"
 
 namespace mscompile {
@@ -29,13 +28,18 @@ namespace fs = std::filesystem;
 constexpr std::uint32_t kApiVersion = 17;
 static_assert(ORT_API_VERSION >= kApiVersion, "mscompile needs the headers of ONNX Runtime 1.17 or newer");
 
-constexpr const char* kVariable = "MSCOMPILE_ONNXRUNTIME";
 constexpr std::int64_t kConfigLimit = std::int64_t{64} << 20U;
 
 // Products of integer weights take activations rounded to 8 bits in blocks; in FP32 they are up to 50 times slower.
 constexpr const char* kAccuracyLevel = "4";
 
-/// The loaded library. It stays loaded, since its threads may outlive any object of ours.
+const LibrarySearch& search() {
+    static const LibrarySearch kSearch = {"ONNX Runtime",      "MSCOMPILE_ONNXRUNTIME", "onnxruntime/capi",
+                                          "libonnxruntime.so", "libonnxruntime.so.1",   "onnxruntime"};
+    return kSearch;
+}
+
+/// The loaded library.
 struct Library {
     const OrtApi* api;
     OrtEnv* environment;
@@ -54,18 +58,8 @@ void check(const OrtApi& api, OrtStatus* status, const std::string& what) {
 }
 
 Library load_library(const std::string& path) {
-    void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
-    if (handle == nullptr) {
-        const char* why = dlerror();
-        throw Error(Fault::unavailable, "ONNX Runtime cannot be loaded from " + path + ": " +
-                                            (why == nullptr ? "dlopen failed" : why) + "; give the path of " +
-                                            "libonnxruntime.so, or set " + kVariable + " to it");
-    }
-    void* symbol = dlsym(handle, "OrtGetApiBase");
-    if (symbol == nullptr)
-        throw Error(Fault::unavailable, path + " is not ONNX Runtime: it has no OrtGetApiBase; give the path of " +
-                                            "libonnxruntime.so, or set " + kVariable + " to it");
-    const auto* base = reinterpret_cast<const OrtApiBase* (*)()>(symbol)();
+    const SharedLibrary library(path, search());
+    const auto* base = library.function<const OrtApiBase*()>("OrtGetApiBase")();
     const auto* api = base->GetApi(kApiVersion);
     const std::string version = base->GetVersionString();
     if (api == nullptr)
@@ -163,16 +157,31 @@ class OrtCall : public BoundCall {
     Owned<OrtIoBinding> binding_;
 };
 
+using Graphs = std::map<std::string, Owned<OrtSession>>;
+
+class OrtExecutor : public Executor {
+  public:
+    OrtExecutor(const OrtApi& api, const Graphs& graphs) : api_(api), graphs_(graphs) {}
+
+    [[nodiscard]] std::unique_ptr<BoundCall> bind(const std::string& graph, const std::vector<TensorView>& inputs,
+                                                  const std::vector<TensorView>& outputs) override {
+        auto call = std::make_unique<OrtCall>(api_, graphs_.at(graph).get(), graph);
+        call->bind(inputs, outputs);
+        return call;
+    }
+
+  private:
+    const OrtApi& api_;
+    const Graphs& graphs_;
+};
+
 /// One inference session a graph.
 class OrtBackend : public Backend {
   public:
     OrtBackend(const Library& library, const EngineSource& source);
 
-    [[nodiscard]] std::unique_ptr<BoundCall> bind(const std::string& graph, const std::vector<TensorView>& inputs,
-                                                  const std::vector<TensorView>& outputs) const override {
-        auto call = std::make_unique<OrtCall>(api_, sessions_.at(graph).get(), graph);
-        call->bind(inputs, outputs);
-        return call;
+    [[nodiscard]] std::unique_ptr<Executor> executor(std::int64_t /*batch*/) const override {
+        return std::make_unique<OrtExecutor>(api_, sessions_);
     }
 
   private:
@@ -184,7 +193,7 @@ class OrtBackend : public Backend {
 
     const OrtApi& api_;
     OrtEnv* environment_;
-    std::map<std::string, Owned<OrtSession>> sessions_;
+    Graphs sessions_;
 };
 
 /// What the build recorded.
@@ -311,47 +320,9 @@ void OrtBackend::check_interface(const GraphSpec& graph, const fs::path& path) c
     }
 }
 
-/// libonnxruntime.so.* of the Python package below a prefix such as /usr/local; empty where there is none.
-std::string of_python(const fs::path& prefix) {
-    std::error_code error;
-    for (const auto& python : fs::directory_iterator(prefix / "lib", error)) {
-        if (python.path().filename().string().rfind("python3", 0) != 0) continue;
-        for (const auto* packages : {"site-packages", "dist-packages"})
-            for (const auto& file : fs::directory_iterator(python.path() / packages / "onnxruntime" / "capi", error))
-                if (file.path().filename().string().rfind("libonnxruntime.so", 0) == 0) return file.path().string();
-    }
-    return {};
-}
-
-std::string variable(const char* name) {
-    const char* value = std::getenv(name);
-    return value == nullptr ? "" : value;
-}
-
-/// Where a `python3` would have its packages.
-std::vector<fs::path> python_prefixes() {
-    std::vector<fs::path> prefixes;
-    if (const auto active = variable("VIRTUAL_ENV"); !active.empty()) prefixes.emplace_back(active);
-    std::istringstream folders(variable("PATH"));
-    for (std::string folder; std::getline(folders, folder, ':');) {
-        std::error_code error;
-        if (!folder.empty() && fs::exists(fs::path(folder) / "python3", error))
-            prefixes.push_back(fs::path(folder).parent_path());
-    }
-    return prefixes;
-}
-
 }  // namespace
 
-std::string find_onnxruntime() {
-    if (auto named = variable(kVariable); !named.empty()) return named;
-    for (const auto& prefix : python_prefixes())
-        if (auto path = of_python(prefix); !path.empty()) return path;
-    constexpr const char* kOfSystem = "libonnxruntime.so.1";
-    if (dlopen(kOfSystem, RTLD_NOW | RTLD_LOCAL) != nullptr) return kOfSystem;
-    throw Error(Fault::unavailable, std::string("ONNX Runtime is not installed; pip install onnxruntime, or set ") +
-                                        kVariable + " to the path of libonnxruntime.so");
-}
+std::string find_onnxruntime() { return SharedLibrary::find(search()); }
 
 std::shared_ptr<const Backend> load_onnxruntime(const EngineSource& source) {
     const auto path = source.library.empty() ? find_onnxruntime() : source.library;

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
+#include <new>
 #include <optional>
 
 #include "buffers.hpp"
@@ -39,6 +39,7 @@ struct Bound {
     bool lasting = true;                      // reads no copy of a state
     std::vector<const std::byte*> addresses;  // of the replaced states it touches, when it was bound
     std::vector<Memory> owned;
+    std::vector<Resident> resident;
     std::int64_t* tokens = nullptr;
     std::int64_t* position = nullptr;
     const float* logits = nullptr;
@@ -75,6 +76,24 @@ void check_batch(const StreamSpec& spec, std::int64_t batch) {
         throw Error(Fault::input, "batch " + std::to_string(batch) + " is outside this engine's profile of 1 to " +
                                       std::to_string(spec.max_batch) + "; export again with --batch 1:" +
                                       std::to_string(std::max<std::int64_t>(batch, 1)));
+}
+
+void check_memory(const StreamSpec& spec, std::int64_t batch) {
+    double needed = 0;
+    for (const auto& state : spec.states) {
+        double size = static_cast<double>(item_size(state.dtype)) * static_cast<double>(batch);
+        for (const auto dim : state.concrete(1)) size *= static_cast<double>(dim);
+        needed += size;
+    }
+    const double given = memory_size();
+    const auto whole = [](double number) {
+        const auto digits = std::to_string(number);
+        return digits.substr(0, digits.find('.'));
+    };
+    if (needed > given)
+        throw Error(Fault::input, "the states of " + std::to_string(batch) + " streams take " + whole(needed) +
+                                      " bytes, and there are " + whole(given) +
+                                      " bytes of memory; use a smaller batch, or a model that remembers less");
 }
 
 /// Whether `shape` is that of the state, up to the rows of its time axis where `any_rows` holds.
@@ -125,12 +144,14 @@ class Session::Host {
     TensorView input(Bound& bound, const GraphSpec& graph, const TensorSpec& tensor, const Sizes& sizes);
     TensorView output(Bound& bound, const GraphSpec& graph, const TensorSpec& tensor, const Sizes& sizes);
     static TensorView state_input(Bound& bound, const Buffer& state, TensorView view);
+    TensorView state_output(Bound& bound, Buffer& state, TensorView view);
     static TensorView own(Bound& bound, TensorView view);
     Buffer* state_of(const std::vector<std::string>& names, const TensorSpec& tensor, const std::string& suffix);
     void reset_row(std::int64_t row);
 
     std::shared_ptr<const StreamSpec> spec_;
     std::shared_ptr<const Backend> backend_;
+    std::unique_ptr<Executor> executor_;  // outlives what lies in its memory
     std::int64_t batch_;
     std::map<std::string, Buffer> states_;
     std::vector<Supply> supplies_;
@@ -146,8 +167,10 @@ Session::Host::Host(std::shared_ptr<const StreamSpec> spec, std::shared_ptr<cons
     : spec_(std::move(spec)), backend_(std::move(backend)), batch_(batch) {
     check_batch(*spec_, batch);
     supplies_ = supplies(spec_->inputs, sources);
+    check_memory(*spec_, batch);
+    executor_ = backend_->executor(batch);
     try {
-        for (const auto& state : spec_->states) states_.emplace(state.name, Buffer(state, batch));
+        for (const auto& state : spec_->states) states_.emplace(state.name, Buffer(state, batch, *executor_));
     } catch (const std::bad_alloc&) {
         throw Error(Fault::engine, "the states of " + std::to_string(batch) +
                                        " streams need more memory than there is; open a session of fewer");
@@ -169,13 +192,18 @@ Logits Session::Host::step(const std::int64_t* tokens, std::int64_t count) {
     if (failed_)
         throw Error(Fault::engine, "an earlier step failed, so the state is unknown: reset() or restore() first");
     for (auto& supply : supplies_) {
-        const auto* recent = states_.at(supply.given().name + ".recent").value();
-        supply.ask(reinterpret_cast<const std::int64_t*>(recent), position_, tokens, count);
+        const auto recent = states_.at(supply.given().name + ".recent").bytes();
+        supply.ask(reinterpret_cast<const std::int64_t*>(recent.data()), position_, tokens, count);
     }
     failed_ = true;
-    const auto logits = consume(tokens, count);
-    failed_ = false;
-    return logits;
+    try {
+        const auto logits = consume(tokens, count);
+        failed_ = false;
+        return logits;
+    } catch (const std::bad_alloc&) {
+        throw Error(Fault::engine, "a step of " + std::to_string(count) +
+                                       " tokens needs more memory than there is; feed fewer at a time");
+    }
 }
 
 void Session::Host::check_tokens(const std::int64_t* tokens, std::int64_t count) const {
@@ -308,7 +336,7 @@ std::unique_ptr<Bound> Session::Host::bind(const Graph& graph, std::int64_t toke
     std::vector<TensorView> outputs;
     for (const auto& tensor : graph.spec->inputs) inputs.push_back(input(*bound, *graph.spec, tensor, sizes));
     for (const auto& tensor : graph.spec->outputs) outputs.push_back(output(*bound, *graph.spec, tensor, sizes));
-    bound->call = backend_->bind(graph.spec->name, inputs, outputs);
+    bound->call = executor_->bind(graph.spec->name, inputs, outputs);
     return bound;
 }
 
@@ -338,13 +366,14 @@ TensorView Session::Host::state_input(Bound& bound, const Buffer& state, TensorV
         const auto axis = static_cast<std::size_t>(*state.spec().time_axis);
         view.shape[axis] = std::min(view.shape[axis], state.shape()[axis]);
     }
+    view.resident = true;
     if (view.shape == state.shape()) {
         view.data = const_cast<std::byte*>(state.value());  // backends do not write inputs
         return view;
     }
-    bound.owned.push_back(state.leading(view.shape));
+    bound.resident.push_back(state.leading(view.shape));
     bound.lasting = false;
-    view.data = bound.owned.back().data();
+    view.data = bound.resident.back().data();
     return view;
 }
 
@@ -352,11 +381,7 @@ TensorView Session::Host::output(Bound& bound, const GraphSpec& graph, const Ten
     TensorView view{tensor.name, tensor.dtype, tensor.concrete(sizes), nullptr};
     if (auto* state = state_of(graph.writes, tensor, ".out")) {
         require(tensor.dtype == state->spec().dtype && fits(view.shape, *state, state->is_ring()), graph, tensor);
-        if (state->is_ring()) view = own(bound, view);
-        if (!state->is_ring()) view.data = state->spare();
-        const auto axis = static_cast<std::size_t>(state->spec().time_axis.value_or(0));
-        bound.written.push_back({state, static_cast<std::byte*>(view.data), view.shape[axis]});
-        return view;
+        return state_output(bound, *state, view);
     }
     view = own(bound, view);
     if (tensor.name == kLogits) {
@@ -364,6 +389,16 @@ TensorView Session::Host::output(Bound& bound, const GraphSpec& graph, const Ten
         require(tensor.dtype == "float32" && view.shape == wanted, graph, tensor);
         bound.logits = static_cast<const float*>(view.data);
     }
+    return view;
+}
+
+/// The second buffer of the state, or room for the new rows of a ring.
+TensorView Session::Host::state_output(Bound& bound, Buffer& state, TensorView view) {
+    view.resident = true;
+    if (state.is_ring()) bound.resident.emplace_back(*executor_, byte_size(view.dtype, view.shape));
+    view.data = state.is_ring() ? bound.resident.back().data() : state.spare();
+    const auto axis = static_cast<std::size_t>(state.spec().time_axis.value_or(0));
+    bound.written.push_back({&state, static_cast<std::byte*>(view.data), view.shape[axis]});
     return view;
 }
 

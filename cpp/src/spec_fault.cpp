@@ -2,8 +2,8 @@
 
 #include <algorithm>
 #include <array>
-#include <charconv>
 #include <limits>
+#include <map>
 #include <set>
 
 #include "text.hpp"
@@ -13,10 +13,15 @@ namespace mscompile {
 namespace {
 
 using Names = std::vector<std::string>;
+using States = std::map<std::string, const StateSpec*>;
 
 constexpr std::array<const char*, 9> kDtypes = {"bool",  "int8",    "int16",   "int32",  "int64",
                                                 "uint8", "float16", "float32", "float64"};
-constexpr std::int64_t kMostTokens = std::int64_t{1} << 40U;  // keeps sums of phases within 64 bits
+constexpr std::int64_t kSizeLimit = (std::int64_t{1} << 31U) - 1;  // of one dimension, and of every count
+constexpr std::int64_t kValuesLimit = std::int64_t{1} << 40U;      // of one stream in a state
+constexpr std::int64_t kVocabLimit = std::int64_t{1} << 24U;
+constexpr std::size_t kRankLimit = 32;
+constexpr std::size_t kDigitsLimit = 9;  // of the k in "chunk/k"
 
 /// Thrown at the first fault, caught in `spec_fault`.
 struct Found {
@@ -48,40 +53,52 @@ bool is_divided(const std::string& word) {
     const auto name = word.substr(0, slash);
     if (name != "chunk" && name != "context") return false;
     if (slash == std::string::npos) return true;
-    std::int64_t divisor = 0;
-    const auto* end = word.data() + word.size();
-    const auto read = std::from_chars(word.data() + slash + 1, end, divisor);
-    return read.ec == std::errc() && read.ptr == end && divisor > 0;
+    const auto digits = word.substr(slash + 1);
+    return !digits.empty() && digits.size() <= kDigitsLimit && digits.front() != '0' &&
+           digits.find_first_not_of("0123456789") == std::string::npos;
 }
 
 bool is_dimension(const Dim& dim) {
     if (const auto* word = std::get_if<std::string>(&dim)) return *word == "batch" || is_divided(*word);
-    return std::get<std::int64_t>(dim) >= 0;
+    const auto size = std::get<std::int64_t>(dim);
+    return 0 <= size && size <= kSizeLimit;
+}
+
+/// The product of the sizes in a shape; of more than 64 bits, the largest number there is.
+std::int64_t product(const std::vector<Dim>& shape) {
+    std::int64_t result = 1;
+    for (const auto& dim : shape) {
+        const auto* size = std::get_if<std::int64_t>(&dim);
+        if (size == nullptr || !__builtin_mul_overflow(result, *size, &result)) continue;
+        return std::numeric_limits<std::int64_t>::max();
+    }
+    return result;
 }
 
 void check_tensor(const std::string& where, const std::string& dtype, const std::vector<Dim>& shape) {
     const bool known = std::find(kDtypes.begin(), kDtypes.end(), dtype) != kDtypes.end();
     require(known, where + " has dtype " + in_quotes(dtype) + ", not one of " + join({kDtypes.begin(), kDtypes.end()}));
+    require(shape.size() <= kRankLimit,
+            where + " has " + std::to_string(shape.size()) + " dimensions, more than " + std::to_string(kRankLimit));
     for (const auto& dim : shape)
         require(is_dimension(dim), where + " has dimension " + shown(dim) +
                                        ", not a size, 'batch', 'chunk', 'context' or one of these by k");
 }
 
-/// Elements of one row: of all axes but batch and time; -1 where that is more than can be counted.
+/// Elements of one row: of all axes but batch and time.
 std::int64_t row_size(const StateSpec& state) {
-    std::int64_t product = 1;
-    for (std::size_t axis = 0; axis < state.shape.size(); ++axis) {
-        const auto number = static_cast<std::int64_t>(axis);
-        if (number == state.batch_axis || number == state.time_axis) continue;
-        if (__builtin_mul_overflow(product, std::get<std::int64_t>(state.shape[axis]), &product)) return -1;
-    }
-    return product;
+    auto row = state.shape;
+    if (state.time_axis) row[static_cast<std::size_t>(*state.time_axis)] = 1;
+    return product(row);
 }
 
 void check_state(const StateSpec& state) {
     const auto where = "state " + in_quotes(state.name);
     const auto rank = static_cast<std::int64_t>(state.shape.size());
     check_tensor(where, state.dtype, state.shape);
+    const auto values = product(state.shape);
+    require(values <= kValuesLimit,
+            where + " has " + std::to_string(values) + " values a stream, more than " + std::to_string(kValuesLimit));
     const auto words = std::count_if(state.shape.begin(), state.shape.end(),
                                      [](const Dim& dim) { return std::holds_alternative<std::string>(dim); });
     const bool there = 0 <= state.batch_axis && state.batch_axis < rank &&
@@ -107,12 +124,15 @@ void check_state(const StateSpec& state) {
 
 void check_named(const std::string& where, const std::string& what, const Names& names, const Names& wanted) {
     require_distinct(names, where + " has " + what + " ", " twice");
-    for (const auto& name : wanted) require(contains(names, name), where + " lacks " + what + " " + in_quotes(name));
+    const std::set<std::string> there(names.begin(), names.end());
+    for (const auto& name : wanted)
+        if (there.count(name) == 0) throw Found{where + " lacks " + what + " " + in_quotes(name)};
 }
 
-void check_states_of(const std::string& where, const std::string& verb, const Names& names, const Names& states) {
+void check_states_of(const std::string& where, const std::string& verb, const Names& names, const States& states) {
     for (const auto& name : names)
-        require(contains(states, name), where + " " + verb + " state " + in_quotes(name) + ", which does not exist");
+        if (states.count(name) == 0)
+            throw Found{where + " " + verb + " state " + in_quotes(name) + ", which does not exist"};
     require_distinct(names, where + " " + verb + " state ", " twice");
 }
 
@@ -121,7 +141,45 @@ Names with_suffix(Names names, const std::string& suffix) {
     return names;
 }
 
-void check_graph(const GraphSpec& graph, const Names& states) {
+/// Whether an input or output is what a host keeps of the state: all of it, its leading rows, or new rows.
+bool fits(const TensorSpec& tensor, const StateSpec& state, bool input) {
+    auto shape = state.shape;
+    if (state.update == Update::append && tensor.shape.size() == shape.size()) {
+        const auto axis = static_cast<std::size_t>(*state.time_axis);
+        const auto& rows = tensor.shape[axis];
+        const auto* word = std::get_if<std::string>(&rows);
+        if (!input || (word != nullptr && word->rfind("context", 0) == 0)) shape[axis] = rows;
+    }
+    return tensor.dtype == state.dtype && tensor.shape == shape;
+}
+
+void check_states_fit(const GraphSpec& graph, const States& states, bool input) {
+    States held;  // by the name of their tensor
+    for (const auto& name : input ? graph.reads : graph.writes)
+        held.emplace(name + (input ? ".in" : ".out"), states.at(name));
+    for (const auto& tensor : input ? graph.inputs : graph.outputs) {
+        const auto state = held.find(tensor.name);
+        if (state != held.end() && !fits(tensor, *state->second, input))
+            throw Found{"graph " + in_quotes(graph.name) + ", tensor " + in_quotes(tensor.name) + ", is " +
+                        tensor.dtype + " " + shown(tensor.shape) + ", which its state is not"};
+    }
+}
+
+/// Tokens, positions and logits have the shapes that a host gives and takes.
+void check_token_shapes(const GraphSpec& graph, std::int64_t vocab_size) {
+    const auto check = [&graph](const char* name, const std::vector<TensorSpec>& tensors,
+                                const std::vector<Dim>& shape) {
+        for (const auto& tensor : tensors)
+            require(tensor.name != name || tensor.shape == shape, "graph " + in_quotes(graph.name) + " has " + name +
+                                                                      " of shape " + shown(tensor.shape) + ", not " +
+                                                                      shown(shape));
+    };
+    check("tokens", graph.inputs, {"batch", graph.tokens});
+    check("position", graph.inputs, {"batch"});
+    check("logits", graph.outputs, {"batch", graph.tokens, vocab_size});
+}
+
+void check_graph(const GraphSpec& graph, const States& states, std::int64_t vocab_size) {
     const auto where = "graph " + in_quotes(graph.name);
     check_states_of(where, "reads", graph.reads, states);
     check_states_of(where, "writes", graph.writes, states);
@@ -130,9 +188,11 @@ void check_graph(const GraphSpec& graph, const Names& states) {
     for (const auto* tensors : {&graph.inputs, &graph.outputs})
         for (const auto& tensor : *tensors)
             check_tensor(where + ", tensor " + in_quotes(tensor.name) + ",", tensor.dtype, tensor.shape);
+    for (const bool input : {true, false}) check_states_fit(graph, states, input);
     const auto& tokens = graph.tokens;
     const bool known = tokens == Dim(0) || tokens == Dim(1) || tokens == Dim("chunk");
     require(known, where + " consumes " + shown(tokens) + " tokens, not 0, 1 or 'chunk'");
+    check_token_shapes(graph, vocab_size);
 }
 
 void check_due(const std::string& where, std::int64_t every, const Names& takers, const Schedule& schedule) {
@@ -164,7 +224,12 @@ void check_input(const HostInput& given, const StreamSpec& spec) {
                                                           [](std::int64_t size) { return size >= 1; });
     require(positive, where + " is " + shown(given.shape) + " every " + std::to_string(given.every) +
                           " tokens, which must all be at least 1");
-    check_tensor(where, given.dtype, {given.shape.begin(), given.shape.end()});
+    std::vector<Dim> shape(given.shape.begin(), given.shape.end());
+    check_tensor(where, given.dtype, shape);
+    shape.emplace_back(given.every);
+    require(product(shape) <= kValuesLimit, where + " is " + shown(given.shape) + " every " +
+                                                std::to_string(given.every) + " tokens, more than " +
+                                                std::to_string(kValuesLimit) + " values");
     const bool whole = given.dtype.find("int") != std::string::npos;
     require(whole == given.below.has_value() && given.below.value_or(1) >= 1,
             where + " is " + given.dtype + " below " + (given.below ? std::to_string(*given.below) : "None") +
@@ -191,9 +256,17 @@ void check_input(const HostInput& given, const StreamSpec& spec) {
 }
 
 void check_schedule(const Schedule& schedule, const Names& graphs) {
-    const bool repeats = std::all_of(schedule.ticks.begin(), schedule.ticks.end(),
-                                     [](const Tick& tick) { return 1 <= tick.repeat && tick.repeat <= kMostTokens; });
+    const bool repeats =
+        std::all_of(schedule.ticks.begin(), schedule.ticks.end(), [](const Tick& tick) { return 1 <= tick.repeat; });
     require(!schedule.ticks.empty() && repeats, "the schedule must have ticks, each repeated at least once");
+    auto longest = std::max(schedule.chunk_multiple, schedule.max_chunk);
+    std::int64_t period = 0;
+    for (const auto& tick : schedule.ticks) {
+        longest = std::max(longest, tick.repeat);
+        if (longest <= kSizeLimit) longest = std::max(longest, period += tick.repeat);
+    }
+    require(longest <= kSizeLimit,
+            "the period, chunk_multiple and max_chunk of the schedule must be at most " + std::to_string(kSizeLimit));
     Names used;
     for (const auto& tick : schedule.ticks)
         for (const auto* names : {&tick.graphs, &tick.closing}) used.insert(used.end(), names->begin(), names->end());
@@ -215,8 +288,13 @@ void check(const StreamSpec& spec) {
     }
     require(std::min({spec.vocab_size, spec.max_batch, spec.max_context.value_or(1)}) >= 1,
             "vocab_size, max_batch and max_context must be at least 1");
+    require(spec.vocab_size <= kVocabLimit && std::max(spec.max_batch, spec.max_context.value_or(1)) <= kSizeLimit,
+            "vocab_size must be at most " + std::to_string(kVocabLimit) + ", max_batch and max_context at most " +
+                std::to_string(kSizeLimit));
     for (const auto& state : spec.states) check_state(state);
-    for (const auto& graph : spec.graphs) check_graph(graph, states);
+    States known;
+    for (const auto& state : spec.states) known.emplace(state.name, &state);
+    for (const auto& graph : spec.graphs) check_graph(graph, known, spec.vocab_size);
     check_schedule(spec.schedule, graphs);
     require_distinct(names_of(spec.inputs), "two host inputs are named ", "");
     for (const auto& given : spec.inputs) check_input(given, spec);

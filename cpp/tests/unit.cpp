@@ -1,9 +1,13 @@
-// What needs no bundle: random numbers, and a session on a backend whose failures and pauses the test decides.
+// What needs no bundle: random numbers, and a session on a backend whose failures and pauses the test decides. Its
+// states lie where only the backend may touch them, as on a GPU: anything else ends the test with a segmentation fault.
+#include <sys/mman.h>
+
 #include <array>
 #include <atomic>
-#include <cstring>
 #include <functional>
 #include <iostream>
+#include <map>
+#include <new>
 #include <thread>
 
 #include "mscompile/mscompile.hpp"
@@ -56,13 +60,51 @@ mscompile::StreamSpec counting_spec() {
     return spec;
 }
 
+/// Memory that is out of reach but for what an executor does.
+class Pages {
+  public:
+    /// Within reach for as long as this lives.
+    class Access {
+      public:
+        explicit Access(const Pages& pages) : pages_(pages) { pages_.protect(PROT_READ | PROT_WRITE); }
+        Access(const Access&) = delete;
+        Access& operator=(const Access&) = delete;
+        ~Access() { pages_.protect(PROT_NONE); }
+
+      private:
+        const Pages& pages_;
+    };
+
+    void* add(std::size_t size) {
+        size += size == 0 ? 1 : 0;
+        void* memory = mmap(nullptr, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (memory == MAP_FAILED) throw std::bad_alloc();
+        sizes_[memory] = size;
+        return memory;
+    }
+
+    void remove(void* memory) {
+        munmap(memory, sizes_.at(memory));
+        sizes_.erase(memory);
+    }
+
+  private:
+    void protect(int access) const {
+        for (const auto& [memory, size] : sizes_) mprotect(memory, size, access);
+    }
+
+    std::map<void*, std::size_t> sizes_;
+};
+
 class CountingCall : public mscompile::BoundCall {
   public:
-    CountingCall(std::vector<TensorView> inputs, std::vector<TensorView> outputs, std::function<void()> before)
-        : inputs_(std::move(inputs)), outputs_(std::move(outputs)), before_(std::move(before)) {}
+    CountingCall(const Pages& pages, std::vector<TensorView> inputs, std::vector<TensorView> outputs,
+                 std::function<void()> before)
+        : pages_(pages), inputs_(std::move(inputs)), outputs_(std::move(outputs)), before_(std::move(before)) {}
 
     void run() override {
         before_();
+        const Pages::Access access(pages_);
         const auto batch = inputs_[1].shape[0];
         for (std::int64_t row = 0; row < batch; ++row) {
             const float* last = in<float>(3);
@@ -80,8 +122,43 @@ class CountingCall : public mscompile::BoundCall {
     }
     float* out(std::size_t index) { return static_cast<float*>(outputs_[index].data); }
 
+    const Pages& pages_;
     std::vector<TensorView> inputs_;
     std::vector<TensorView> outputs_;
+    std::function<void()> before_;
+};
+
+class CountingExecutor : public mscompile::Executor {
+  public:
+    explicit CountingExecutor(std::function<void()> before) : before_(std::move(before)) {}
+
+    [[nodiscard]] std::unique_ptr<mscompile::BoundCall> bind(const std::string& /*graph*/,
+                                                             const std::vector<TensorView>& inputs,
+                                                             const std::vector<TensorView>& outputs) override {
+        return std::make_unique<CountingCall>(pages_, inputs, outputs, before_);
+    }
+
+    [[nodiscard]] void* allocate(std::size_t size) override { return pages_.add(size); }
+    void release(void* memory) noexcept override { pages_.remove(memory); }
+
+    void copy(void* to, std::size_t to_pitch, const void* from, std::size_t from_pitch, std::size_t width,
+              std::size_t rows) override {
+        const Pages::Access access(pages_);
+        Executor::copy(to, to_pitch, from, from_pitch, width, rows);
+    }
+
+    void upload(void* to, const void* from, std::size_t size) override {
+        const Pages::Access access(pages_);
+        Executor::upload(to, from, size);
+    }
+
+    void download(void* to, const void* from, std::size_t size) override {
+        const Pages::Access access(pages_);
+        Executor::download(to, from, size);
+    }
+
+  private:
+    Pages pages_;
     std::function<void()> before_;
 };
 
@@ -89,10 +166,8 @@ class CountingBackend : public mscompile::Backend {
   public:
     explicit CountingBackend(std::function<void()> before = [] {}) : before_(std::move(before)) {}
 
-    [[nodiscard]] std::unique_ptr<mscompile::BoundCall> bind(const std::string& /*graph*/,
-                                                             const std::vector<TensorView>& inputs,
-                                                             const std::vector<TensorView>& outputs) const override {
-        return std::make_unique<CountingCall>(inputs, outputs, before_);
+    [[nodiscard]] std::unique_ptr<mscompile::Executor> executor(std::int64_t /*batch*/) const override {
+        return std::make_unique<CountingExecutor>(before_);
     }
 
   private:
@@ -117,6 +192,19 @@ void test_states() {
     session.restore(saved);
     check(session.position() == std::vector<std::int64_t>{4, 4}, "restore brings positions back");
     check(session.step({9, 9}).at(1, 0)[1] == 6 + 7 + 8, "restore brings rings back");
+}
+
+void test_states_beyond_memory() {
+    auto spec = counting_spec();
+    for (auto& state : spec.states) state.shape.insert(state.shape.end(), {1 << 30, 1 << 10});
+    try {
+        const Session session(std::make_shared<mscompile::StreamSpec>(spec), std::make_shared<CountingBackend>());
+        check(false, "states of terabytes were accepted");
+    } catch (const Error& error) {
+        const std::string sentence = error.what();
+        check(sentence.rfind("the states of 1 streams take 17592186044416 bytes, and there are ", 0) == 0, sentence);
+        check(error.exit_code() == 2, "it is the input that is wrong");
+    }
 }
 
 void test_bad_input() {
@@ -194,6 +282,7 @@ void test_random_numbers() {
 int main() {
     test_states();
     test_bad_input();
+    test_states_beyond_memory();
     test_step_after_failure();
     test_two_threads();
     test_random_numbers();

@@ -3,7 +3,7 @@ so that rings hold what attention reads."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from exporters import check
 from exporters.passes import append, dead, fold, hoist, layout, mask, merge, scale
@@ -22,12 +22,18 @@ PASSES: tuple[Pass, ...] = (
 )
 
 
-def run(graphs: Graphs, spec: StreamSpec, without: Collection[str] = ()) -> Outcome:
-    """All passes but those named in `without`; every graph is held against its GraphSpec after each."""
+def run(
+    graphs: Graphs, spec: StreamSpec, without: Collection[str] = (), after: Callable[[str], None] = lambda _: None
+) -> Outcome:
+    """All passes but those named in `without`; every graph is held against its GraphSpec after each.
+
+    `after` is told the name of each pass that has run.
+    """
     outcome = Outcome(spec, ())
     for rewrite in (each for each in PASSES if each.name not in without):
         new = rewrite.apply(graphs, outcome.spec)
         for graph in new.spec.graphs:
             check.check_interface(graphs[graph.name], graph, rewrite.name)
         outcome = Outcome(new.spec, (*outcome.hits, *new.hits), {**outcome.derived, **new.derived})
+        after(rewrite.name)
     return outcome

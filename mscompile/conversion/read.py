@@ -43,6 +43,9 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of a directory, or the s
 INDEX = ".index.json"
 LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save began its files like this before version 1.6
 JSON_LIMIT_BYTES = 64 * 2**20
+PICKLE_LIMIT_BYTES = 32 * 2**20  # of what is not tensors
+VALUES_OF_A_BYTE = 16  # of a file, in its tensors: many layers may share weights, and no weight has under 8 bits
+DEPTH_LIMIT, ITEMS_LIMIT = 16, 2**22  # of one setting: lists in one another, and what they hold at one depth
 SAVE_TENSORS = (
     'save only tensors and settings: torch.save({"state_dict": model.state_dict(), "config": vars(args)}, '
     '"weights.pt"), or mscompile.checkpoint.save(path, family, model, vocab)'
@@ -81,6 +84,8 @@ def read(path: Path) -> tuple[Any, tuple[Path, ...]]:
             for file in files[1:]:
                 tensors |= {} if file.name.endswith(INDEX) else _tensors(_file(file))
             return {"config": _json(files[0]), "state_dict": tensors}, files
+        if not path.is_file():
+            raise CheckpointError(f"{path}: not a plain file; a pipe or a device cannot be read as a checkpoint")
         return _file(path), (path,)
 
 
@@ -92,9 +97,9 @@ def foreign(path: Path, content: Any, files: tuple[Path, ...]) -> Foreign | None
     while prefix := next((text for text in WRAPPERS if all(name.startswith(text) for name in tensors)), ""):
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     config: dict[str, Any] = {}
-    for key in SETTINGS:
-        config |= _settings(content.get(key))
     with guarded(path):
+        for key in SETTINGS:
+            config |= _settings(content.get(key))
         for file in _beside(path, bool(config)):
             config |= _settings(_json(file))
             files = (*files, file)
@@ -122,7 +127,11 @@ def guarded(path: Path) -> Iterator[None]:
 
 
 def _file(path: Path) -> Any:
-    return _safetensors(path) if path.suffix == ".safetensors" else _torch(path)
+    content = _safetensors(path) if path.suffix == ".safetensors" else _torch(path)
+    values, most = sum(tensor.numel() for tensor in _tensors(content).values()), VALUES_OF_A_BYTE * path.stat().st_size
+    if values > most:
+        raise CheckpointError(f"{path}: its tensors claim {values} values, more than the file can hold; save it again")
+    return content
 
 
 def _torch(path: Path) -> Any:
@@ -134,8 +143,26 @@ def _torch(path: Path) -> Any:
             raise CheckpointError(f"{path}: the file is truncated; copy or download it again")
         if begin != LEGACY:
             raise CheckpointError(f"{path}: not a checkpoint: neither a torch.save archive nor a .safetensors file")
+    if mapped:
+        _check_archive(path)
     with torch.serialization.safe_globals(STAND_INS):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+
+
+def _check_archive(path: Path) -> None:
+    """CheckpointError for what torch.save never writes, and what would be unpacked before it is looked at."""
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
+                raise CheckpointError(
+                    f"{path}: {member.filename} in it is compressed, which torch.save never does; "
+                    "unpack the archive and pack it again without compression (zip -0)"
+                )
+            if member.filename.endswith(".pkl") and member.file_size > PICKLE_LIMIT_BYTES:
+                raise CheckpointError(
+                    f"{path}: {member.file_size} bytes beside the tensors, more than the limit of "
+                    f"{PICKLE_LIMIT_BYTES}; {SAVE_TENSORS}"
+                )
 
 
 def _safetensors(path: Path) -> dict[str, Any]:
@@ -198,14 +225,14 @@ def _tensors(content: Any) -> dict[str, Tensor]:
         return {}
     for holder in (*(content.get(key) for key in STATES), content):
         if isinstance(holder, Mapping):
-            found = {name: value for name, value in holder.items() if isinstance(name, str) and _is_plain(value)}
+            found = {name: value for name, value in holder.items() if isinstance(name, str) and is_plain(value)}
             if found:
                 return found
     return {}
 
 
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.layout is torch.strided
+def is_plain(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu"
 
 
 def _settings(values: Any) -> dict[str, Any]:
@@ -214,13 +241,24 @@ def _settings(values: Any) -> dict[str, Any]:
         values = vars(values)
     if not isinstance(values, dict):
         return {}
-    return {name: value for name, value in values.items() if isinstance(name, str) and _is_setting(value)}
+    return {name: value for name, value in values.items() if isinstance(name, str) and is_setting(value)}
 
 
-def _is_setting(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return all(_is_setting(item) for item in value)
-    return value is None or isinstance(value, str | int | float | dict)
+def is_setting(value: Any) -> bool:
+    """A pickle can put a list into itself, or one list into another many times: no deeper or longer than is meant."""
+    level = [value]
+    for _ in range(DEPTH_LIMIT):
+        if not all(item is None or isinstance(item, str | int | float | dict | list | tuple) for item in level):
+            return False
+        holders = [item.values() if isinstance(item, dict) else item for item in level if _holds(item)]
+        if sum(map(len, holders)) > ITEMS_LIMIT:
+            return False
+        level = [item for holder in holders for item in holder]
+    return not level
+
+
+def _holds(value: Any) -> bool:
+    return isinstance(value, dict | list | tuple)
 
 
 def _vocab(values: Any) -> tuple[str, ...]:

@@ -100,8 +100,8 @@ def require_dropout(value: Any) -> None:
 
 def require_layers(name: str, given: Any, n_layer: int) -> None:
     """Layer numbers from 0, one at least, in rising order."""
-    known = isinstance(given, list | tuple) and all(type(layer) is int for layer in given)
+    known = isinstance(given, list | tuple) and all(type(layer) is int and 0 <= layer < n_layer for layer in given)
     require(
-        known and len(given) > 0 and list(given) == [layer for layer in range(n_layer) if layer in given],
+        known and len(given) > 0 and list(given) == sorted(set(given)),
         f"{name} must be numbers from 0 to {n_layer - 1} in rising order, not {given!r}",
     )

@@ -19,46 +19,26 @@ position p consumes token p and predicts the next: feed a leading id 0 to get th
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from mscompile.models.family import Family, ReferenceModel, require, require_dropout, require_positive
 from mscompile.models.relative import Biases, Geometry, RelativeAttention
+from mscompile.models.scale import Scale, pairs, require_nested
 
 SHORTENINGS = ("average", "linear", "attention", "attention-linear")
 UPSAMPLINGS = ("repeat", "linear", "attention")
 
 
-@dataclass(frozen=True)
-class Scale:
-    """One entry of a hierarchy: `layers` blocks on rows of `factor` tokens each."""
-
-    layers: int
-    factor: int
-
-
 def parse_hierarchy(text: str) -> tuple[Scale, ...]:
     """The descending half of a hierarchy, finest first: "2@1 8@3 2@1" -> (2@1, 8@3)."""
-    words = text.split()
-    scales = []
-    for word in words:
-        match = re.fullmatch(r"(\d+)@(\d+)", word)
-        require(match is not None, f"hierarchy entry {word!r} must read layers@factor, for example 2@1")
-        assert match is not None
-        scales.append(Scale(int(match[1]), int(match[2])))
+    scales = [Scale(*pair) for pair in pairs("hierarchy", text)]
     require(len(scales) % 2 == 1 and scales == scales[::-1], f"hierarchy {text!r} must be a palindrome of odd length")
     half = tuple(scales[: len(scales) // 2 + 1])
-    require(half[0].factor == 1, f"hierarchy {text!r} must start at factor 1")
+    require_nested("hierarchy", text, [scale.factor for scale in half])
     require(half[0].layers >= 1, f"hierarchy {text!r} needs at least one layer at factor 1 on each side")
-    for finer, coarser in pairwise(half):
-        require(
-            coarser.factor > finer.factor and coarser.factor % finer.factor == 0,
-            f"hierarchy {text!r}: factor {coarser.factor} must be a larger multiple of {finer.factor}",
-        )
     return half
 
 
@@ -81,9 +61,6 @@ class HourglassConfig:
         require(self.shortening in SHORTENINGS, f"shortening must be one of {SHORTENINGS}, not {self.shortening!r}")
         require(self.upsampling in UPSAMPLINGS, f"upsampling must be one of {UPSAMPLINGS}, not {self.upsampling!r}")
         require_dropout(self.dropout)
-        require(
-            isinstance(self.hierarchy, str), f"hierarchy must be a text such as '2@1 8@3 2@1', not {self.hierarchy!r}"
-        )
         parse_hierarchy(self.hierarchy)
 
     @property

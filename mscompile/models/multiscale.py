@@ -9,7 +9,6 @@ written here is a reconstruction: pre-norm blocks, mean pooling, learned positio
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,34 +19,9 @@ from torch import Tensor, nn
 from mscompile.errors import InputError
 from mscompile.models.attention import Block, Stack, row_numbers
 from mscompile.models.family import ReferenceModel, require, require_positive
+from mscompile.models.scale import Scale, pairs, require_nested
 
 SOURCE = "reconstruction after Subramanian et al., arXiv 2005.00581; no public code"
-
-
-@dataclass(frozen=True)
-class Scale:
-    """One scale of a model: `layers` blocks on rows of `factor` tokens each."""
-
-    layers: int
-    factor: int
-
-
-def parse(setting: str, text: str) -> tuple[tuple[int, int], ...]:
-    """Pairs `number@factor`, finest first: "2@1 4@4" -> ((2, 1), (4, 4)). `setting` is named in refusals."""
-    require(isinstance(text, str), f"{setting} must be a text such as '2@1 4@4', not {text!r}")
-    pairs = []
-    for word in text.split():
-        match = re.fullmatch(r"(\d+)@(\d+)", word)
-        require(match is not None, f"{setting} entry {word!r} must read number@factor, for example 2@1")
-        assert match is not None
-        pairs.append((int(match[1]), int(match[2])))
-    require(bool(pairs) and pairs[0][1] == 1, f"{setting} {text!r} must start at factor 1")
-    for (_, finer), (_, coarser) in pairwise(pairs):
-        require(
-            coarser > finer and coarser % finer == 0,
-            f"{setting} {text!r}: factor {coarser} must be a larger multiple of {finer}",
-        )
-    return tuple(pairs)
 
 
 @dataclass(frozen=True)
@@ -62,13 +36,14 @@ class ScalesConfig:
     context: int = 512  # longest stream, in tokens: there are positions for no more
 
     def __post_init__(self) -> None:
+        require_nested("scales", self.scales, self.factors)
         require_sizes(self, self.factors)
         for scale in self.parsed:
             require(scale.layers >= 1, f"scales {self.scales!r} needs at least one layer at factor {scale.factor}")
 
     @property
     def parsed(self) -> tuple[Scale, ...]:
-        return tuple(Scale(*pair) for pair in parse("scales", self.scales))
+        return tuple(Scale(*pair) for pair in pairs("scales", self.scales))
 
     @property
     def factors(self) -> tuple[int, ...]:

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from mscompile.models.attention import Block, Run, Stack, attend, row_numbers
 from mscompile.models.family import Family, require, require_positive
-from mscompile.models.multiscale import SOURCE, MultiscaleModel, groups, parse, pool, require_sizes
+from mscompile.models.multiscale import SOURCE, MultiscaleModel, groups, pool, require_sizes
+from mscompile.models.scale import pairs, require_nested
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,11 @@ class RetinaConfig:
     context: int = 512  # longest stream, in tokens: there are positions for no more
 
     def __post_init__(self) -> None:
-        *limited, last = self.parsed
+        factors = tuple(resolution.factor for resolution in self.parsed)
+        require_nested("resolutions", self.resolutions, factors)
         require_positive(self, "n_layer")
-        require_sizes(self, tuple(resolution.factor for resolution in self.parsed))
+        require_sizes(self, factors)
+        *limited, last = self.parsed
         text = f"resolutions {self.resolutions!r}"
         require(last.window == 0, f"{text} must end with 0@{last.factor}, which sees the rest")
         for near in limited:
@@ -57,7 +60,7 @@ class RetinaConfig:
 
     @property
     def parsed(self) -> tuple[Resolution, ...]:
-        return tuple(Resolution(*pair) for pair in parse("resolutions", self.resolutions))
+        return tuple(Resolution(*pair) for pair in pairs("resolutions", self.resolutions, "window"))
 
 
 def sights(resolutions: Sequence[Resolution], positions: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import shutil
-import sysconfig
 from pathlib import Path
 
-from mscompile.errors import UsageError
+from mscompile.packaging.sources import sources
 from mscompile.runtime import Bundle
 
 RUNTIME = ("CMakeLists.txt", "cmake", "dependencies.sh", "include", "src")  # of the C++ sources, what a build needs
@@ -43,12 +42,12 @@ Runtime is the one that MSCOMPILE_ONNXRUNTIME names, that of the Python package,
 
 def fill(bundle: Bundle, directory: Path) -> None:
     """A CMake project: the bundle, a main.cpp that generates text, and the runtime that both need."""
-    sources, name = _sources(), bundle.manifest.name
+    runtime, name = sources("cpp", "CMakeLists.txt"), bundle.manifest.name
     prompt = next((token for token in bundle.tokenizer.tokens if token.isalnum()), bundle.tokenizer.tokens[0])
     shutil.copytree(bundle.path, directory / f"{name}.msc")
-    shutil.copyfile(sources / "example" / "main.cpp", directory / "main.cpp")
+    shutil.copyfile(runtime / "example" / "main.cpp", directory / "main.cpp")
     for entry in RUNTIME:
-        source, target = sources / entry, directory / "mscompile" / entry
+        source, target = runtime / entry, directory / "mscompile" / entry
         target.parent.mkdir(exist_ok=True)
         if source.is_dir():
             shutil.copytree(source, target)
@@ -57,12 +56,3 @@ def fill(bundle: Bundle, directory: Path) -> None:
     (directory / "CMakeLists.txt").write_text(CMAKE, encoding="utf-8")
     readme = README.format(name=name, title=bundle.manifest.title, prompt=prompt)
     (directory / "README.md").write_text(readme, encoding="utf-8")
-
-
-def _sources() -> Path:
-    """The C++ runtime: beside this package in a checkout, in the data folder of an installation."""
-    places = (Path(__file__).parents[2] / "cpp", Path(sysconfig.get_path("data"), "share", "mscompile", "cpp"))
-    for place in places:
-        if (place / "CMakeLists.txt").is_file():
-            return place
-    raise UsageError(f"the C++ sources are not in {places[-1]}; install mscompile again, or run this in a checkout")

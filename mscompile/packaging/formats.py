@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mscompile.atomic import writing
 from mscompile.errors import UsageError
-from mscompile.packaging import cpp
+from mscompile.packaging import cpp, ort_mobile, triton, web
 from mscompile.runtime import Bundle, open_bundle
 
 
@@ -26,7 +26,12 @@ class Format:
     title: str
 
 
-FORMATS = {"cpp": Format(cpp.fill, "CMakeLists.txt", "a CMake project with a main.cpp that generates text")}
+FORMATS = {
+    "cpp": Format(cpp.fill, "CMakeLists.txt", "a CMake project with a main.cpp that generates text"),
+    "ort-mobile": Format(ort_mobile.fill, ort_mobile.MARKER, "the graphs in ORT format, for phones, with a report"),
+    "triton": Format(triton.fill, triton.CLIENT, "a model repository for Triton Inference Server, with a client"),
+    "web": Format(web.fill, web.MARKER, "a static page that generates text in the browser"),
+}
 
 
 def package(bundle: Path, form: str, out: Path, force: bool = False) -> Path:

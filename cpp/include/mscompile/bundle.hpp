@@ -69,9 +69,11 @@ class Bundle {
     /// where it cannot run here, input for a batch or sources that do not fit.
     Session session(const SessionOptions& options = {});
 
+    /// The engine of such sessions, for hosts that wrap it or share it in their own way.
+    std::shared_ptr<const Backend> backend(const SessionOptions& options = {});
+
   private:
     Bundle(std::string path, std::shared_ptr<const Manifest> manifest);
-    std::shared_ptr<const Backend> backend(const SessionOptions& options);
 
     std::string path_;
     std::shared_ptr<const Manifest> manifest_;
