@@ -4,13 +4,14 @@
 # make bench   the performance targets, short form, and latency of both example models; see docs/performance.md
 # make cpp     the C++ runtime: what it is built with, three builds (two with sanitizers), its tests, lint
 # make triton  a real Triton server, in an environment of its own, and the tests that need one
+# make web     the JavaScript runtime and the page: packages from npm, and their tests in Node and Chromium
 # make clean   remove what these targets made
 # Each target first sets up .venv, which takes some minutes the first time.
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick lint format bench cpp triton clean
+.PHONY: help demo test quick lint format bench cpp triton web clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -64,6 +65,12 @@ cpp: $(READY)
 triton: $(READY)
 	bash tests/triton_server.sh build/triton $(BIN)/python
 	$(BIN)/python -m pytest -q --slow -rs tests/test_triton.py
+
+web: $(READY)
+	mkdir -p build/web
+	cp web/package.json web/package-lock.json build/web
+	npm ci --prefix build/web --ignore-scripts --no-audit --no-fund
+	$(BIN)/python -m pytest -q --slow -rs tests/test_web.py tests/test_ort_mobile.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -224,13 +224,18 @@ def _bound_by_permissions() -> None:
 
 
 def _digest(path: Path) -> str | None:
-    """Of all files below a directory, or of a document without its figures, which differ between runs."""
+    """Of all files below a directory, or of a document without its figures, which differ between runs.
+
+    How much a page draws depends on its figures: of a page, the title and the end, behind which nothing may stand.
+    """
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
         text = "".join(f"{file.relative_to(path)} {sha256(file.read_bytes()).hexdigest()}\n" for file in files)
     elif path.exists():
-        text = re.sub(r"[-+\d.,e:%]+", "#", path.read_text(encoding="utf-8"))
-        text = re.sub(r"(#\s*)+", "#", text)
+        text = path.read_text(encoding="utf-8")
+        if page := re.fullmatch(r"(<!doctype html>.*?</title>).*(</html>\s*)", text, re.DOTALL | re.IGNORECASE):
+            text = page[1] + page[2]
+        text = re.sub(r"(#\s*)+", "#", re.sub(r"[-+\d.,e:%]+", "#", text))
     else:
         return None
     return sha256(text.encode()).hexdigest()

@@ -115,6 +115,29 @@ def soak(found: Results) -> str:
     )
 
 
+def serving(found: Results) -> str:
+    """Many streams on one plan: what each way of serving gives, and the memory of a stream."""
+    if "serving" not in found:
+        return MISSING
+    measured: Mapping[str, Mapping[str, Any]] = found["serving"]["models"]
+    times = ("token_ms_p50", "token_ms_p99", "first_ms_p50", "first_ms_p99")
+    ways = [
+        (model, way, f"{row['tokens_per_second']:,.0f}", *(f"{row[name]:,.2f}" for name in times))
+        for model, result in measured.items()
+        for way, row in result["ways"].items()
+    ]
+    columns = ("model", "served by", "tokens/s", "ms a token, p50", "p99", "ms to the first, p50", "p99")
+    told = [
+        (model, *(f"{memory[name] / 1e6:.2f}" for name in ("predicted_bytes", "session_bytes", "row_bytes")))
+        for model, memory in ((model, result["memory"]) for model, result in measured.items())
+    ]
+    text = table(columns, ways)
+    for model, result in measured.items():
+        asked, rows, streams = (result[name] for name in ("asked_tokens_per_second", "rows", "streams"))
+        text += f"\n{model}: {streams} streams, {rows} at a time, {asked:,.0f} tokens/s asked for.\n"
+    return text + "\n" + table(("model", "MB a stream, as `inspect` says", "of a session", "of a row"), told)
+
+
 def families(found: Results) -> str:
     """A row for each family: where it is from, on what it was verified, how exact and how fast its engine is."""
     from mscompile.models.families import FAMILIES
@@ -234,6 +257,7 @@ BLOCKS: dict[str, Callable[[Results], str]] = {
     "attacks": attacks,
     "mutation": mutation,
     "readers": readers,
+    "serving": serving,
     "sessions": sessions,
     "writers": writers,
     "targets": targets,

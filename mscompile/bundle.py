@@ -193,8 +193,8 @@ def _manifest_fault(manifest: Manifest) -> str | None:
     """The first contradiction in `manifest`, as part of a sentence; None if there is none."""
     if fault := name_fault("bundle", manifest.name) or _engine_fault(manifest.engines):
         return fault
-    if not isinstance(manifest.source.get("sha256"), str):
-        return "its source has no sha256 of the checkpoint"
+    if fault := _source_fault(manifest.source):
+        return fault
     if manifest.verified and manifest.parity is None:
         return "it says that it was verified and has no parity report"
     for name in manifest.files:
@@ -206,6 +206,29 @@ def _manifest_fault(manifest: Manifest) -> str | None:
         return fault
     wanted = (f"{GRAPHS}/{graph.name}.onnx" for graph in manifest.spec.graphs)
     return next((f"file {name!r} of a graph is not listed" for name in wanted if name not in manifest.files), None)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    after: str
+    graphs: dict[str, int]  # nodes
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is read of the facts about the checkpoint, which are free otherwise."""
+
+    sha256: str
+    parameters: int | None = None
+    nodes: tuple[_Stage, ...] = ()
+
+
+def _source_fault(source: dict[str, Any]) -> str | None:
+    try:
+        codec.decode(_Source, {key: source[key] for key in _Source.__dataclass_fields__ if key in source}, "source")
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _engine_fault(engines: dict[str, dict[str, Any]]) -> str | None:

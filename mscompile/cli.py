@@ -363,7 +363,7 @@ def _print_text(tokenizer: Tokenizer, begin: list[int], stream: Iterator[int], a
 @app.command()
 def package(
     bundle: BundlePath,
-    form: Annotated[str, typer.Option("--format", help="cpp: a CMake project that generates text.")],
+    form: Annotated[str, typer.Option("--format", help="cpp, ort-mobile, triton or web; see docs/embedding.md.")],
     out: Annotated[Path, typer.Option("--out", help="The directory to write.")],
     force: Annotated[bool, typer.Option("--force", help="Replace an existing project.")] = False,
     as_json: AsJson = False,

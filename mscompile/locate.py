@@ -24,6 +24,7 @@ from exporters.passes import append, table
 from mscompile.contracts import BATCH, Array, GraphSpec, Session
 from mscompile.errors import EngineError, MsCompileError
 from mscompile.models.family import ReferenceModel
+from mscompile.models.own import OwnModule
 from mscompile.pipeline import MEMORIES, traced
 from mscompile.runtime import Bundle
 from validation.suspects import Evidence, error, relative_error, scale
@@ -87,6 +88,7 @@ class Exported:
 
     def __init__(self, model: ReferenceModel, bundle: Bundle, directory: Path) -> None:
         self.model, self.sources = model, model.sources
+        self.named = model.adapter.module if isinstance(model, OwnModule) else model
         self.program = streaming.build(model, bundle.manifest.profile, bundle.spec.max_context)
         graphs = traced(self.program, lambda _: None)
         is_append = any(hit.name == append.NAME for hit in bundle.manifest.passes)
@@ -122,8 +124,8 @@ class Exported:
     def module(self, graph: str, node: int) -> tuple[str, str]:
         """Name and class of the original's module that a node came from."""
         path = cut.module_of(self.graph(graph).graph, node) or ""
-        name = origin.original_name(self.model, self.program.graphs[graph], path)
-        return name, type(self.model.get_submodule(name)).__name__
+        name = origin.original_name(self.named, self.program.graphs[graph], path)
+        return name, type(self.named.get_submodule(name)).__name__
 
 
 class Located:

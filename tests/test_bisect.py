@@ -35,7 +35,7 @@ from exporters import cut, origin  # noqa: E402
 from mscompile import adapters, checkpoint, cli, compile_checkpoint  # noqa: E402
 from mscompile import bundle as bundle_file  # noqa: E402
 from mscompile.bisect import Report, Search, bisect  # noqa: E402
-from mscompile.contracts import Array  # noqa: E402
+from mscompile.contracts import Array, Plan  # noqa: E402
 from mscompile.errors import EngineUnavailable, GateFailed, UsageError  # noqa: E402
 from mscompile.locate import Exported  # noqa: E402
 from mscompile.runtime import open_bundle  # noqa: E402
@@ -160,7 +160,7 @@ class Subject:
         opened = open_bundle(copy)
         if altered is not None:
             opened = mutation._AlteredBundle(opened.path, opened.manifest)
-            opened.alter = altered  # type: ignore[attr-defined]
+            opened.alter = altered
         return Search(opened, "ort", self.exported).report(steps=STEPS)
 
     def planted(self, target: Path, plant: Callable[[Copy], None]) -> Report:
@@ -273,6 +273,44 @@ def test_a_session_that_keeps_states_wrongly_is_not_taken_for_a_wrong_graph(
     assert cause in {suspect.cause for suspect in found.suspects}
 
 
+class Tf32(faults.Altered):
+    """What a device in TF32 does to a product: 10 bits of mantissa stay."""
+
+    def step(self, tokens: Any) -> Array:
+        whole = self.inner.step(tokens).view(np.uint32)
+        return ((whole + np.uint32(1 << 12)) & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+class Device(mutation._AlteredBundle):
+    """A bundle whose engine for GPUs runs here."""
+
+    def plan(self, engine: str | None = None) -> Plan:
+        return super().plan("ort")
+
+
+def test_an_engine_in_tf32_is_recognised_where_it_cannot_be_cut(one: Subject) -> None:
+    opened = open_bundle(one.bundle)
+    device = Device(opened.path, opened.manifest)
+    device.alter = Tf32
+    found = Search(device, "trt-rtx", one.exported).report(steps=STEPS)
+    assert "every graph is right on what trt-rtx had remembered, and logits is not" in found.verdict
+    assert [suspect.cause for suspect in found.suspects] == ["TF32"]
+
+
+@pytest.mark.parametrize(
+    ("plant", "evidence"),
+    [
+        (faults._first_row_for_all, "each row of the batch is right by itself"),
+        (faults._no_mask_in_prefill, "the same tokens are right one by one"),
+    ],
+)
+def test_a_graph_that_is_wrong_for_some_shapes_only(
+    plant: Callable[[Copy], None], evidence: str, one: Subject, tmp_path: Path
+) -> None:
+    found = one.planted(tmp_path, plant)
+    assert evidence in {suspect.cause: suspect.evidence for suspect in found.suspects}["shape specialisation"]
+
+
 def test_a_fault_of_the_contract_is_told_from_one_of_the_graphs(one: Subject, tmp_path: Path) -> None:
     name = faults.Copy(one.bundle, tmp_path / "copy.msc").appended()[0]
     found = one.planted(tmp_path, faults._initial)
@@ -307,6 +345,7 @@ def _dequantized(copy: Copy) -> None:
     """That product's weights from 4-bit integers. They are the same, but ONNX Runtime fuses the two operators, and the
     product then takes activations in 8 bits (MatMulNBits, accuracy level 4)."""
     graph = copy.decode
+    graph.proto.opset_import[0].version = 21  # the first with 4-bit integers
     name = graph.weights()[-2]
     weight = graph.constants()[name]  # (K, N)
     blocks = weight.reshape(-1, BLOCK, weight.shape[1])
@@ -326,12 +365,13 @@ def _dequantized(copy: Copy) -> None:
         node.input[:] = ["planted.weight" if each == name else each for each in node.input]
 
 
+@pytest.mark.slow
 def test_a_fault_that_only_the_fused_graph_has_is_found_by_cutting(tmp_path: Path) -> None:
     model = cases.transformer_xl(
         torch.float32, vocab_size=len(bundles.VOCAB), n_layer=1, d_model=16, d_inner=32, mem_len=4, same_length=True
     )
     checkpoint.save(tmp_path / "grid.pt", "transformer-xl", _on_grid(model), bundles.VOCAB)
-    bundles.compile_to(tmp_path / "grid.msc", tmp_path / "grid.pt")
+    compile_checkpoint(tmp_path / "grid.pt", ["ort"], tmp_path / "grid.msc", bundles.options(validate=False))
     found = subject(tmp_path / "grid.msc", tmp_path / "grid.pt", tmp_path).planted(tmp_path, _dequantized)
     assert found.tensor is not None, found.verdict
     assert (found.tensor.module, found.tensor.operator) == ("layers.0.feed_forward.3", "MatMul")
@@ -349,13 +389,14 @@ def test_a_fault_in_a_module_of_ones_own(tmp_path: Path) -> None:
     ).path
 
     def plant(copy: Copy) -> None:
-        copy.decode.change(copy.decode.weights()[-1], lambda weight: weight * 1.05)
+        copy.decode.change(copy.decode.of("Gemm")[0].input[1], lambda weight: weight * 1.05)
 
     found = subject(bundle, weights, tmp_path, adapter).planted(tmp_path, plant)
     assert found.tensor is not None, found.verdict
-    assert (found.tensor.module, found.tensor.module_class) == ("head", "Linear")
+    assert (found.tensor.module, found.tensor.module_class) == ("cell", "GRUCell")
 
 
+@pytest.mark.slow
 def test_a_fault_in_a_family_with_patches(tmp_path: Path) -> None:
     model = tiny.model("megabyte", "patches-of-three", torch.float32, len(bundles.VOCAB))
     checkpoint.save(tmp_path / "tiny.pt", "megabyte", model, bundles.VOCAB)
@@ -397,6 +438,7 @@ def invoke(*arguments: object) -> Result:
     return CliRunner().invoke(cli.app, ["bisect", *map(str, arguments), "--steps", str(STEPS)])
 
 
+@pytest.mark.slow
 def test_the_command_says_what_it_found(compiled: Path, trained: Path, tmp_path: Path) -> None:
     copy = planted(compiled, tmp_path / "planted.msc", Fault("", "", faults._overflow))
     done = invoke(copy.path, "--reference", trained, "--json")

@@ -149,7 +149,7 @@ def test_no_manifest(tmp_path: Path) -> None:
         (b"[" * 100_000, "manifest.json is not valid JSON: maximum recursion depth"),
         (b'{"schema": 1, "schema": 1}', "key 'schema' occurs twice in one object"),
         (b'{"schema": NaN}', "NaN is not JSON"),
-        (b"[" * 64 + b"]" * 64, "it has values 64 levels deep and more"),
+        (b"[" * 65 + b"]" * 65, "it has values 64 levels deep and more"),
         (b'{"schema": 9223372036854775808}', "it has a whole number of more than 64 bits"),
         (b'{"schema": "\\ud800"}', "surrogates not allowed"),
         (b"[]", "is not the manifest of a bundle: it has no schema number"),
@@ -320,7 +320,7 @@ FAULTS: list[tuple[StreamSpec, str]] = [
     (replace(SPEC, states=(replace(STATE, shape=("batch", 2**31, 8)),)), "has dimension 2147483648"),
     (
         replace(SPEC, states=(replace(STATE, shape=("batch", 2**20, 2**21)),)),
-        "values a stream, more than 1099511627776",
+        "a stream, more than 1099511627776",
     ),
     (replace(SPEC, states=(replace(STATE, shape=("batch", *[1] * 32)),)), "has 33 dimensions, more than 32"),
     (replace(SPEC, states=(replace(STATE, shape=("batch", 4, "chunk/0")),)), "has dimension 'chunk/0'"),
@@ -352,7 +352,8 @@ def test_spec_faults_are_found_when_sealing_and_when_reading(
     [
         (replace(MANIFEST, name="a/b"), "bundle name 'a/b' cannot be used in a file name"),
         (replace(MANIFEST, engines={"../ort": {}}), "engine name '../ort' cannot be used in a file name"),
-        (replace(MANIFEST, source={}), "its source has no sha256 of the checkpoint"),
+        (replace(MANIFEST, source={}), "source: missing key 'sha256'"),
+        (replace(MANIFEST, source={"sha256": "00", "nodes": [1]}), "source.nodes[0]: wanted object, got int 1"),
         (
             replace(MANIFEST, engines={"ort": {"numerics": {"step": {}}}}),
             "engine 'ort' has numerics that are no products by graph",

@@ -472,7 +472,7 @@ def test_a_missing_or_wrong_library_is_named(programs: Path, compiled: Path, tmp
         "const Base* OrtGetApiBase(void) { static const Base base = {api, version}; return &base; }\n"
     )
     output("cc", "-shared", "-fPIC", "-o", old, source)
-    assert refused(old).startswith(f"{old} is ONNX Runtime 1.16.3, and 1.17 or newer is needed; ")
+    assert refused(old).startswith(f"{old} is ONNX Runtime 1.16.3, and 1.18 or newer is needed; ")
 
 
 def test_the_library_of_the_python_package_is_found(programs: Path, compiled: Path, tmp_path: Path) -> None:

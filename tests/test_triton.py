@@ -295,9 +295,7 @@ def test_a_bundle_with_a_schedule_is_served_by_the_runtime(bundle_of: Path, fami
         assert reason(bundle_of, tmp_path / "repository") == "different tokens run different graphs"
 
 
-def test_without_onnx_it_says_what_to_install(
-    replaced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_onnx_it_says_what_to_install(replaced: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(UsageError, match=r"pip install 'mscompile\[export\]'"):
         package(replaced, "triton", tmp_path / "repository")

@@ -24,9 +24,9 @@ namespace {
 
 namespace fs = std::filesystem;
 
-// The graphs are opset 20, which ONNX Runtime knows since 1.17. All functions used here are older.
-constexpr std::uint32_t kApiVersion = 17;
-static_assert(ORT_API_VERSION >= kApiVersion, "mscompile needs the headers of ONNX Runtime 1.17 or newer");
+// The graphs are of IR version 10, which ONNX Runtime reads since 1.18. All functions used here are older.
+constexpr std::uint32_t kApiVersion = 18;
+static_assert(ORT_API_VERSION >= kApiVersion, "mscompile needs the headers of ONNX Runtime 1.18 or newer");
 
 constexpr std::int64_t kConfigLimit = std::int64_t{64} << 20U;
 

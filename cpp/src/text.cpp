@@ -81,7 +81,7 @@ std::string shown(double number) {
     if (std::isnan(number)) return "nan";
     if (std::isinf(number)) return number > 0 ? "inf" : "-inf";
     char text[64];
-    const auto* end = std::to_chars(std::begin(text), std::end(text), number).ptr;
+    auto* const end = std::to_chars(std::begin(text), std::end(text), number).ptr;
     const std::string result(text, end);
     return result.find_first_of(".e") == std::string::npos ? result + ".0" : result;
 }

@@ -24,7 +24,7 @@ README = """\
 
 A program in C++17 that continues texts with the model in `{name}.msc`, {title}. `mscompile/` holds the runtime.
 
-It needs CMake 3.21, OpenSSL 3 and nlohmann-json, and ONNX Runtime: headers of 1.17 or newer to build, a library to run.
+It needs CMake 3.21, OpenSSL 3 and nlohmann-json, and ONNX Runtime: headers of 1.18 or newer to build, a library to run.
 On Debian, the first line gets what the build needs into a folder of its own; where it is installed, leave it out.
 
 ```bash

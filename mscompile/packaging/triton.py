@@ -234,7 +234,7 @@ def _config(opened: Bundle, backend: str, states: str) -> str:
 def _readme(opened: Bundle, reason: str | None) -> str:
     spec, manifest = opened.spec, opened.manifest
     if reason is None:
-        served = "Triton keeps its states and runs its graph in the ONNX Runtime backend, which must be 1.17 or newer."
+        served = "Triton keeps its states and runs its graph in the ONNX Runtime backend, which must be 1.18 or newer."
         lengths = f"{_max_tokens(spec)} at most"
         limits = (
             "Token ids are not checked: one that is out of range fails the call, and with it the requests of other "

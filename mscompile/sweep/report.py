@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from rich import box, markup
@@ -15,7 +15,6 @@ from mscompile.sweep.result import Result
 from mscompile.sweep.sweeping import Outcome
 from validation import html, svg
 
-NAMES = ("model", "target", "precision", "shape", "result")
 MARKDOWN_WIDTH = 10_000  # characters, so that no cell is broken into lines
 MEASURED = (
     "Times are of one step of the engine, in ms. In brackets: how many times as fast as the original, measured in the "
@@ -31,15 +30,12 @@ def table(outcome: Outcome, shown: Callable[[str], str] = str) -> Table:
     """
     columns = _figures(outcome)
     drawn = Table(title=outcome.verdict, title_justify="left")
-    for name in NAMES:
-        drawn.add_column(name, overflow="fold", no_wrap=name == "result")
+    drawn.add_column("cell", overflow="fold")
+    drawn.add_column("result", no_wrap=True)
     for name in columns:
-        longest = max(len(word) for word in name.split())
-        drawn.add_column(markup.escape(name), justify="right", overflow="fold", min_width=longest)
-    for number, (cell, result) in enumerate(outcome.cells):
-        names = (cell.checkpoint.name, cell.target, cell.precision, cell.shape.name, result.status)
-        texts = (*names, *(column[number] for column in columns.values()))
-        drawn.add_row(*(markup.escape(shown(text)) for text in texts))
+        drawn.add_column(markup.escape(name), justify="right", overflow="fold")
+    for row in _rows(outcome, columns):
+        drawn.add_row(*(markup.escape(shown(text)) for text in row))
     return drawn
 
 
@@ -58,10 +54,7 @@ def markdown(outcome: Outcome) -> str:
 def page(outcome: Outcome) -> str:
     """The HTML report: verdict, all cells, reasons, a chart a checkpoint and workload, and where it comes from."""
     columns = _figures(outcome)
-    rows = [
-        (cell.label, result.status, *(column[number] for column in columns.values()))
-        for number, (cell, result) in enumerate(outcome.cells)
-    ]
+    rows = list(_rows(outcome, columns))
     parts = [_verdict(outcome), html.heading("Cells"), html.table(("cell", "result", *columns), rows)]
     if workloads := _workloads(outcome):
         parts.append(html.paragraph(MEASURED))
@@ -100,6 +93,11 @@ def _figures(outcome: Outcome) -> dict[str, list[str]]:
         for name, text in texts.items():
             columns.setdefault(name, [""] * len(outcome.cells))[number] = text
     return {name: column for name, column in columns.items() if any(column)}
+
+
+def _rows(outcome: Outcome, columns: Mapping[str, list[str]]) -> Iterator[tuple[str, ...]]:
+    for number, (cell, result) in enumerate(outcome.cells):
+        yield cell.label, result.status, *(column[number] for column in columns.values())
 
 
 def _parity(result: Result) -> dict[str, str]:

@@ -108,7 +108,10 @@ function element(tag, words) {
 /** @param {Facts} facts */
 function showFigures({ tokens, prompt, prompt_ms, decode_ms, calls, memory }) {
     if (decode_ms && tokens > 1) the("rate").textContent = `${((tokens - 1) / (decode_ms / 1e3)).toFixed(0)} tokens/s`;
-    if (prompt_ms !== null) the("prefill").textContent = `${prompt} tokens in ${prompt_ms.toFixed(0)} ms`;
+    if (prompt_ms !== null) {
+        the("prefill-of").textContent = `Prompt of ${prompt} tokens`;
+        the("prefill").textContent = `${prompt_ms.toFixed(0)} ms`;
+    }
     for (const cell of document.querySelectorAll("[data-graph]")) {
         cell.textContent = String(calls[/** @type {HTMLElement} */ (cell).dataset.graph ?? ""]);
     }
