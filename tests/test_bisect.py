@@ -414,7 +414,7 @@ def test_a_fault_in_a_family_with_patches(tmp_path: Path) -> None:
 def test_what_a_precision_costs_is_no_fault(precision: str, tmp_path: Path) -> None:
     bundle = compile_checkpoint(
         ROOT / "examples" / "transformer-xl.pt", ["ort"], tmp_path / "low.msc",
-        bundles.options(precision=precision, validate=False, tokens=ROOT / "examples" / "held-out.txt"),
+        bundles.options(precision=precision, validate=False, text=ROOT / "examples" / "held-out.txt"),
     )  # fmt: skip
     found = bisect(bundle, "ort", ROOT / "examples" / "transformer-xl.pt", steps=STEPS)
     assert found.passed, found.verdict

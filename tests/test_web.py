@@ -248,6 +248,12 @@ def in_spec(change: Callable[[Any], object]) -> Callable[[Path], None]:
     return edit
 
 
+def listed_twice(path: Path) -> None:
+    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    manifest["files"]["GOLDEN.npz"] = manifest["files"]["golden.npz"]
+    (path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+
+
 def touched(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -280,6 +286,13 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "no ticks": in_spec(lambda spec: spec["schedule"].update(ticks=[])),
     "chunks": in_spec(lambda spec: spec["schedule"].update(chunk_multiple=600)),
     "vocabulary of none": in_spec(lambda spec: spec.update(vocab_size=0)),
+    "huge vocabulary": in_spec(lambda spec: spec.update(vocab_size=2**30)),
+    "huge dimension": in_spec(lambda spec: spec["states"][0]["shape"].__setitem__(1, 2**40)),
+    "huge state": in_spec(lambda spec: spec["states"][0].update(shape=["batch", 2**30, 2**30, 4])),
+    "many dimensions": in_spec(lambda spec: spec["states"][0].update(shape=["batch"] + [1] * 40)),
+    "endless period": in_spec(lambda spec: spec["schedule"]["ticks"][0].update(repeat=2**40)),
+    "deep": edited(source={"a": functools.reduce(lambda inner, _: [inner], range(80), 0)}),
+    "names by case": listed_twice,
     "file absent": lambda path: (path / "golden.npz").unlink(),
     "file added": lambda path: (path / "notes.txt").write_text("notes"),
     "file cut": lambda path: (path / "golden.npz").write_bytes(b"cut"),

@@ -18,7 +18,7 @@ import numpy as np
 from mscompile.contracts import Array, Session, Snapshot, StreamSpec
 from mscompile.errors import MsCompileError
 
-TOKENS = 48  # a row
+TOKENS = 32  # a row
 HEAD = 11  # of them before what is checked, so that no period ends there
 OUT_OF_PHASE = 3  # and that many after a reset of row 0
 LARGE = 1e4  # within float16, and far from any activation

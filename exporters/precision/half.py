@@ -4,9 +4,11 @@ Given                        Becomes
   y = Op(x, W)   FP32          y = Op(Cast(x), W)       in half; casts appear only where the type changes
   y = Softmax(x)               y = Softmax(Cast(x))     an island: FP32 in, FP32 out
 
-Islands are: operators that sum over many numbers and then divide (SUMS), operators that do not take the type, and for
-fp16 every node one of whose tensors came within SAFETY of the largest finite number in calibration rollouts. Inputs
-and outputs of a graph keep their types, so logits and states stay FP32; positions and indices are integers.
+Islands are: operators that sum over many numbers and then divide (SUMS), operators that do not take the type, hard
+decisions (DECISIONS) with all that they are made from, back to the nearest product and with it, since what is close
+there must not change places, and every node one of whose tensors came within SAFETY of the largest finite number in
+calibration rollouts. Inputs and outputs of a graph keep their types, so logits and states stay FP32; positions and
+indices are integers.
 """
 
 from __future__ import annotations
@@ -25,6 +27,11 @@ from exporters.precision.products import initializer, products
 from mscompile.contracts import Hit, StreamSpec
 
 SUMS = ("Softmax", "LogSoftmax", "LayerNormalization", "ReduceMean", "ReduceSum", "CumSum", "AveragePool")
+DECISIONS = (
+    *("TopK", "ArgMax", "ArgMin", "Round", "Floor", "Ceil", "Sign"),
+    *("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"),
+)
+PRODUCTS = ("MatMul", "Gemm", "Conv", "Einsum")
 SAFETY = 8.0
 FLOAT = ir.DataType.FLOAT
 
@@ -45,6 +52,7 @@ class _Halved:
         self.limit = float(kind.max) / SAFETY
         self.cast: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
         self.islands: dict[str, list[str]] = {}  # reason -> operators
+        self.decisive = frozenset(_decisive(model))
         outputs = list(model.graph.outputs)
         for node in list(model.graph):
             self._convert(node)
@@ -84,6 +92,8 @@ class _Halved:
 
     def _island(self, node: ir.Node) -> str | None:
         """Why a node computes in FP32; None if it does not."""
+        if node in self.decisive:
+            return "a hard decision is made from it"
         if node.op_type in SUMS:
             return "it divides by sums over many numbers"
         if not _takes(node, self.kind, self.model.opset_imports[""]):
@@ -125,6 +135,23 @@ class _Halved:
         node.outputs[0].type = ir.TensorType(FLOAT)
         self.model.graph.append(node)
         self.model.graph.outputs[index] = node.outputs[0]
+
+
+def _decisive(model: ir.Model) -> Iterator[ir.Node]:
+    """The nodes that decide something by floats, and all that make these floats, back to the nearest products."""
+    decisions = [node for node in model.graph if node.op_type in DECISIONS]
+    todo = [node for node in decisions if any(value is not None and value.dtype == FLOAT for value in node.inputs)]
+    seen = set(todo)
+    yield from todo
+    while todo:
+        node = todo.pop()
+        if node.op_type in PRODUCTS:
+            continue
+        makers = [value.producer() for value in node.inputs if value is not None and value.dtype == FLOAT]
+        new = {maker for maker in makers if maker is not None} - seen
+        seen |= new
+        todo += new
+        yield from new
 
 
 def _takes(node: ir.Node, kind: ir.DataType, opset: int) -> bool:

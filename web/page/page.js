@@ -43,7 +43,8 @@ function showModel({ manifest, bytesPerStream, bytes, runtime, tokens }) {
     const { spec, source } = manifest;
     document.title = the("title").textContent = manifest.title;
     const size = source.parameters ? `${(source.parameters / 1e6).toFixed(1)} million parameters, ` : "";
-    the("about").textContent = `${size}${manifest.precision}. It runs in this browser; nothing that you type leaves it.`;
+    the("about").textContent =
+        `${size}${manifest.precision}. It runs in this browser; nothing that you type leaves it.`;
     the("state").textContent = megabytes(bytesPerStream);
     the("weights").textContent = megabytes(bytes);
     const context = spec.max_context ?? Infinity;
@@ -61,11 +62,13 @@ function showModel({ manifest, bytesPerStream, bytes, runtime, tokens }) {
 
 /** @param {Record<string, string>} facts */
 function showFacts(facts) {
-    the("facts").replaceChildren(...Object.entries(facts).map(([name, value]) => {
-        const entry = document.createElement("div");
-        entry.append(element("dt", name), element("dd", value));
-        return entry;
-    }));
+    the("facts").replaceChildren(
+        ...Object.entries(facts).map(([name, value]) => {
+            const entry = document.createElement("div");
+            entry.append(element("dt", name), element("dd", value));
+            return entry;
+        }),
+    );
 }
 
 /** @param {Manifest} manifest */
@@ -77,14 +80,16 @@ function showGraphs({ spec: { graphs, schedule } }) {
         const phases = ticks.reduce((sum, tick) => sum + tick.repeat, 0);
         return phases === period ? "every token" : `${phases} of ${period} tokens`;
     };
-    the("graphs").replaceChildren(...graphs.map(({ name, tokens }) => {
-        const consumes = tokens === "chunk" ? "many tokens" : tokens === 1 ? "1 token" : "states only";
-        const row = document.createElement("tr");
-        const calls = element("td", "0");
-        calls.dataset.graph = name;
-        row.append(element("td", name), element("td", consumes), element("td", due(name)), calls);
-        return row;
-    }));
+    the("graphs").replaceChildren(
+        ...graphs.map(({ name, tokens }) => {
+            const consumes = tokens === "chunk" ? "many tokens" : tokens === 1 ? "1 token" : "states only";
+            const row = document.createElement("tr");
+            const calls = element("td", "0");
+            calls.dataset.graph = name;
+            row.append(element("td", name), element("td", consumes), element("td", due(name)), calls);
+            return row;
+        }),
+    );
 }
 
 /**
@@ -183,7 +188,8 @@ the("form").addEventListener("submit", (event) => {
 });
 the("stop").addEventListener("click", () => worker.postMessage({ verb: "stop" }));
 field("prompt").addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) /** @type {HTMLFormElement} */ (the("form")).requestSubmit();
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey))
+        /** @type {HTMLFormElement} */ (the("form")).requestSubmit();
 });
 
 const asked = new URLSearchParams(location.search);

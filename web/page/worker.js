@@ -42,7 +42,14 @@ async function open(address) {
     session = await bundle.session(ort);
     const { manifest, bytesPerStream, needed } = bundle;
     const bytes = needed.reduce((sum, file) => sum + manifest.files[file].size_bytes, 0);
-    postMessage({ verb: "opened", manifest, bytesPerStream, bytes, runtime: ort.env.versions.web, tokens: tokenizer.tokens });
+    postMessage({
+        verb: "opened",
+        manifest,
+        bytesPerStream,
+        bytes,
+        runtime: ort.env.versions.web,
+        tokens: tokenizer.tokens,
+    });
 }
 
 /** @param {{ prompt: string, count: number, temperature: number, seed: number | null }} wanted */
@@ -91,6 +98,10 @@ onmessage = async ({ data }) => {
         if (data.verb === "generate") await write(data);
         if (data.verb === "stop") stopped = true;
     } catch (error) {
-        postMessage({ verb: "refused", expected: error instanceof MsCompileError, message: /** @type {Error} */ (error).message });
+        postMessage({
+            verb: "refused",
+            expected: error instanceof MsCompileError,
+            message: /** @type {Error} */ (error).message,
+        });
     }
 };

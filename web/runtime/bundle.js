@@ -83,7 +83,10 @@ export class Bundle {
         const [given] = this.spec.inputs;
         if (given !== undefined) {
             const why = `this model needs ${given.name} from its host every ${given.every} tokens`;
-            throw new MsCompileError("unavailable", `${why}, which this runtime does not supply; run it in Python or C++`);
+            throw new MsCompileError(
+                "unavailable",
+                `${why}, which this runtime does not supply; run it in Python or C++`,
+            );
         }
         let engine = this.#engines.get(ort);
         if (engine === undefined) this.#engines.set(ort, (engine = this.#load(ort, options)));
@@ -156,9 +159,14 @@ export async function openBundle(source, { hashFiles = true, progress = () => {}
  * @param {Map<string, number>} sizes
  */
 function checkSizes(name, { files }, sizes) {
-    const missing = Object.keys(files).sort().find((file) => !sizes.has(file));
+    const missing = Object.keys(files)
+        .sort()
+        .find((file) => !sizes.has(file));
     if (missing !== undefined) {
-        throw new MsCompileError("bundle", `${name}: file ${quoted(missing)} is listed in ${MANIFEST} and missing; ${AGAIN}`);
+        throw new MsCompileError(
+            "bundle",
+            `${name}: file ${quoted(missing)} is listed in ${MANIFEST} and missing; ${AGAIN}`,
+        );
     }
     const stranger = [...sizes.keys()].sort().find((file) => file !== MANIFEST && !(file in files));
     if (stranger !== undefined) {

@@ -53,12 +53,17 @@ export class Engine {
     async run(graph, inputs) {
         const session = /** @type {OrtSession} */ (this.#sessions.get(graph));
         try {
-            const feeds = [...inputs].map(([name, { dtype, data, shape }]) => [name, new this.#ort.Tensor(dtype, data, shape)]);
+            const feeds = [...inputs].map(([name, { dtype, data, shape }]) => [
+                name,
+                new this.#ort.Tensor(dtype, data, shape),
+            ]);
             const found = await session.run(Object.fromEntries(feeds));
-            return new Map(Object.entries(found).map(([name, { type, data, dims }]) => {
-                const bits = type === "float16" ? new Uint16Array(data.buffer, data.byteOffset, data.length) : data;
-                return [name, { dtype: type, data: bits, shape: dims }];
-            }));
+            return new Map(
+                Object.entries(found).map(([name, { type, data, dims }]) => {
+                    const bits = type === "float16" ? new Uint16Array(data.buffer, data.byteOffset, data.length) : data;
+                    return [name, { dtype: type, data: bits, shape: dims }];
+                }),
+            );
         } catch (error) {
             throw failure(`ONNX Runtime failed in graph ${graph}`, error);
         }
@@ -86,7 +91,9 @@ async function opened(ort, graph, content, options) {
  * @param {unknown} error
  */
 function failure(what, error) {
-    const [line] = String(error instanceof Error ? error.message : error).trim().split("\n");
+    const [line] = String(error instanceof Error ? error.message : error)
+        .trim()
+        .split("\n");
     return new MsCompileError("engine", `${what}: ${line}`, { cause: error });
 }
 

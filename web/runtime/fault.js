@@ -14,6 +14,12 @@ import { quoted, tuple } from "./text.js";
  * @typedef {Generator<string, void>} Faults
  */
 
+const SIZE_LIMIT = 2 ** 31 - 1; // of one dimension, and of every count
+const RANK_LIMIT = 32; // dimensions of a tensor
+const VALUES_LIMIT = 2 ** 40; // of one stream in a state
+const VOCAB_LIMIT = 2 ** 24;
+const NAMED = /^(batch|(chunk|context)(\/[1-9][0-9]{0,8})?)$/;
+
 /**
  * The first contradiction, as part of a sentence; null if there is none.
  * @param {Manifest} manifest
@@ -36,6 +42,7 @@ function* faultsOf(manifest) {
         const fault = pathFault(name);
         if (fault !== null) yield `file ${quoted(name)} is listed, ${fault}`;
     }
+    yield* sameFileFaults(Object.keys(manifest.files));
     yield* specFaults(manifest.spec);
     for (const { name } of manifest.spec.graphs) {
         const file = `graphs/${name}.onnx`;
@@ -54,13 +61,30 @@ function pathFault(name) {
 }
 
 /**
+ * Names that differ only in case, or in how their characters are composed.
+ * @param {string[]} names
+ * @returns {Faults}
+ */
+function* sameFileFaults(names) {
+    /** @type {Map<string, string>} */
+    const known = new Map();
+    for (const name of names) {
+        const key = name.normalize("NFC").toUpperCase().toLowerCase();
+        const other = known.get(key);
+        if (other !== undefined) {
+            yield `files ${quoted(other)} and ${quoted(name)} are one file on systems that do not tell their names apart`;
+        }
+        known.set(key, name);
+    }
+}
+
+/**
  * @param {string} what
  * @param {string[]} names
  * @returns {Faults}
  */
 function* nameFaults(what, names) {
     for (const name of names) {
-        // eslint-disable-next-line no-control-regex
         const odd = ["", ".", ".."].includes(name) || /[/\\:*?"<>|\x00-\x1f\x7f]/.test(name);
         if (odd) yield `${what} name ${quoted(name)} cannot be used in a file name`;
     }
@@ -73,12 +97,18 @@ function* nameFaults(what, names) {
 function* specFaults(spec) {
     const graphs = spec.graphs.map(({ name }) => name);
     const states = spec.states.map(({ name }) => name);
-    for (const [what, names] of /** @type {const} */ ([["graph", graphs], ["state", states]])) {
+    for (const [what, names] of /** @type {const} */ ([
+        ["graph", graphs],
+        ["state", states],
+    ])) {
         for (const name of twice(names)) yield `two ${what}s are named ${quoted(name)}`;
         yield* nameFaults(what, names);
     }
     if (Math.min(spec.vocab_size, spec.max_batch, spec.max_context ?? 1) < 1) {
         yield "vocab_size, max_batch and max_context must be at least 1";
+    }
+    if (spec.vocab_size > VOCAB_LIMIT || Math.max(spec.max_batch, spec.max_context ?? 1) > SIZE_LIMIT) {
+        yield `vocab_size must be at most ${VOCAB_LIMIT}, max_batch and max_context at most ${SIZE_LIMIT}`;
     }
     for (const state of spec.states) yield* stateFaults(state);
     for (const graph of spec.graphs) {
@@ -100,6 +130,8 @@ function* stateFaults(state) {
     const { shape, batch_axis, time_axis } = state;
     const where = `state ${quoted(state.name)}`;
     yield* tensorFaults(where, state);
+    const values = product(shape.filter((dim) => typeof dim === "number"));
+    if (values > VALUES_LIMIT) yield `${where} has ${BigInt(values)} values a stream, more than ${VALUES_LIMIT}`;
     if (shape[batch_axis] !== "batch") {
         yield `${where} has batch_axis ${batch_axis}, where its shape ${tuple(shape)} has no 'batch'`;
     }
@@ -125,17 +157,36 @@ function* stateFaults(state) {
 function* graphFaults(graph, states) {
     const where = `graph ${quoted(graph.name)}`;
     const known = new Map(states.map((state) => [state.name, state]));
-    for (const [verb, names] of /** @type {const} */ ([["reads", graph.reads], ["writes", graph.writes]])) {
-        for (const name of names) if (!known.has(name)) yield `${where} ${verb} state ${quoted(name)}, which does not exist`;
+    for (const [verb, names] of /** @type {const} */ ([
+        ["reads", graph.reads],
+        ["writes", graph.writes],
+    ])) {
+        for (const name of names)
+            if (!known.has(name)) yield `${where} ${verb} state ${quoted(name)}, which does not exist`;
         for (const name of twice(names)) yield `${where} ${verb} state ${quoted(name)} twice`;
     }
-    yield* missing(where, "input", graph.inputs, graph.reads.map((name) => `${name}.in`));
-    yield* missing(where, "output", graph.outputs, graph.writes.map((name) => `${name}.out`));
+    yield* missing(
+        where,
+        "input",
+        graph.inputs,
+        graph.reads.map((name) => `${name}.in`),
+    );
+    yield* missing(
+        where,
+        "output",
+        graph.outputs,
+        graph.writes.map((name) => `${name}.out`),
+    );
     for (const tensor of [...graph.inputs, ...graph.outputs]) {
         yield* tensorFaults(`${where}, tensor ${quoted(tensor.name)},`, tensor);
     }
     yield* fitFaults(where, graph.inputs, new Map(graph.reads.map((name) => [`${name}.in`, known.get(name)])), true);
-    yield* fitFaults(where, graph.outputs, new Map(graph.writes.map((name) => [`${name}.out`, known.get(name)])), false);
+    yield* fitFaults(
+        where,
+        graph.outputs,
+        new Map(graph.writes.map((name) => [`${name}.out`, known.get(name)])),
+        false,
+    );
     if (![0, 1, "chunk"].includes(graph.tokens)) yield `${where} consumes ${graph.tokens} tokens, not 0, 1 or 'chunk'`;
 }
 
@@ -165,10 +216,12 @@ function* fitFaults(where, tensors, held, input) {
         const state = held.get(name);
         if (state === undefined) continue;
         const free = state.update === "append" ? state.time_axis : null;
-        const fits = shape.length === state.shape.length && shape.every((dim, axis) => {
-            if (dim === state.shape[axis]) return true;
-            return axis === free && (!input || String(dim).startsWith("context"));
-        });
+        const fits =
+            shape.length === state.shape.length &&
+            shape.every((dim, axis) => {
+                if (dim === state.shape[axis]) return true;
+                return axis === free && (!input || String(dim).startsWith("context"));
+            });
         if (!fits || dtype !== state.dtype) {
             yield `${where}, tensor ${quoted(name)}, is ${dtype} ${tuple(shape)}, which its state is not`;
         }
@@ -217,10 +270,16 @@ function* inputFaults({ inputs, states }) {
  */
 function* scheduleFaults(spec, graphs) {
     const { ticks, prefill, chunk_multiple, max_chunk } = spec;
-    if (!ticks.length || ticks.some(({ repeat }) => repeat < 1) || !Number.isSafeInteger(new Schedule(spec).period)) {
+    if (!ticks.length || ticks.some(({ repeat }) => repeat < 1)) {
         yield "the schedule must have ticks, each repeated at least once";
     }
-    const used = [...ticks.flatMap((tick) => [...tick.graphs, ...tick.closing]), ...(prefill === null ? [] : [prefill])];
+    if (Math.max(new Schedule(spec).period, chunk_multiple, max_chunk) > SIZE_LIMIT) {
+        yield `the period, chunk_multiple and max_chunk of the schedule must be at most ${SIZE_LIMIT}`;
+    }
+    const used = [
+        ...ticks.flatMap((tick) => [...tick.graphs, ...tick.closing]),
+        ...(prefill === null ? [] : [prefill]),
+    ];
     for (const name of used) {
         if (!graphs.includes(name)) yield `the schedule runs graph ${quoted(name)}, which does not exist`;
     }
@@ -238,9 +297,11 @@ function* tensorFaults(where, { dtype, shape }) {
     if (!ITEM_BYTES.has(dtype)) {
         yield `${where} has dtype ${quoted(dtype)}, not one of ${[...ITEM_BYTES.keys()].join(", ")}`;
     }
+    if (shape.length > RANK_LIMIT) yield `${where} has ${shape.length} dimensions, more than ${RANK_LIMIT}`;
     for (const dim of shape) {
-        const known = typeof dim === "number" ? dim >= 0 : /^(batch|(chunk|context)(\/0*[1-9][0-9]*)?)$/.test(dim);
+        const known = typeof dim === "number" ? 0 <= dim && dim <= SIZE_LIMIT : NAMED.test(dim);
         const came = typeof dim === "number" ? dim : quoted(dim);
-        if (!known) yield `${where} has dimension ${came}, not a size, 'batch', 'chunk', 'context' or one of these by k`;
+        if (!known)
+            yield `${where} has dimension ${came}, not a size, 'batch', 'chunk', 'context' or one of these by k`;
     }
 }

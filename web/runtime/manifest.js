@@ -24,6 +24,7 @@ import { quoted, shown, typeName } from "./text.js";
 export const MANIFEST = "manifest.json";
 export const AGAIN = "export or copy it again";
 const SCHEMA = 1;
+const DEPTH_LIMIT = 64; // of objects and lists in one another
 
 /** Something that does not fit its place. */
 class Misfit extends Error {}
@@ -60,7 +61,11 @@ const text = plain("str", (value) => typeof value === "string");
 const boolean = plain("bool", (value) => typeof value === "boolean");
 const integer = plain("int", Number.isSafeInteger);
 const size = plain("int or str", (value) => typeof value === "string" || Number.isSafeInteger(value));
-const NOT_FINITE = new Map([["NaN", NaN], ["Infinity", Infinity], ["-Infinity", -Infinity]]);
+const NOT_FINITE = new Map([
+    ["NaN", NaN],
+    ["Infinity", Infinity],
+    ["-Infinity", -Infinity],
+]);
 /** @type {Form} */
 const number = {
     words: "float",
@@ -113,7 +118,10 @@ const mapping = (item) => ({
     words: "object",
     read(value, where) {
         if (!isObject(value)) throw wrong("object", value, where);
-        const entries = Object.entries(value).map(([key, entry]) => [key, item.read(entry, `${where}[${quoted(key)}]`)]);
+        const entries = Object.entries(value).map(([key, entry]) => [
+            key,
+            item.read(entry, `${where}[${quoted(key)}]`),
+        ]);
         return Object.fromEntries(entries);
     },
 });
@@ -141,7 +149,9 @@ function record(name, fields) {
         words: "object",
         read(value, where) {
             if (!isObject(value)) throw wrong("object", value, where);
-            const [unknown] = Object.keys(value).filter((key) => !known.includes(key)).sort();
+            const [unknown] = Object.keys(value)
+                .filter((key) => !known.includes(key))
+                .sort();
             if (unknown !== undefined) {
                 throw new Misfit(`${where}: unknown key ${quoted(unknown)}, ${name} has ${known.join(", ")}`);
             }
@@ -228,7 +238,13 @@ const tokenizer = record("Tokenizer", { kind: oneOf("char"), tokens: list(text) 
  * @returns {any}
  */
 function parsed(content) {
-    return JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(content));
+    const data = JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(content));
+    let level = [data];
+    for (let depth = 0; level.length; depth += 1) {
+        if (depth === DEPTH_LIMIT) throw new Misfit(`it has values ${DEPTH_LIMIT} levels deep and more`);
+        level = level.flatMap((value) => (typeof value === "object" && value !== null ? Object.values(value) : []));
+    }
+    return data;
 }
 
 /**
@@ -282,6 +298,9 @@ export function parseTokenizer(content, path) {
         return tokenizer.read(parsed(content), "tokenizer").tokens;
     } catch (error) {
         const why = /** @type {Error} */ (error).message;
-        throw new MsCompileError("bundle", `${path} is not a tokenizer of this format: ${why}; export the bundle again`);
+        throw new MsCompileError(
+            "bundle",
+            `${path} is not a tokenizer of this format: ${why}; export the bundle again`,
+        );
     }
 }

@@ -15,7 +15,11 @@ import { quoted } from "./text.js";
  */
 export function folder(path) {
     const name = normalize(path).replace(/(?<=.)[/\\]$/, "");
-    return { name, read: (file) => explained(name, readFrom(join(name, file))), list: () => explained(name, list(name)) };
+    return {
+        name,
+        read: (file) => explained(name, readFrom(join(name, file))),
+        list: () => explained(name, list(name)),
+    };
 }
 
 /** @param {string} path */

@@ -113,7 +113,10 @@ export class Session {
      */
     state() {
         this.#checkFree();
-        return { position: this.position, states: new Map([...this.#states].map(([name, kept]) => [name, kept.saved()])) };
+        return {
+            position: this.position,
+            states: new Map([...this.#states].map(([name, kept]) => [name, kept.saved()])),
+        };
     }
 
     /**
@@ -143,7 +146,10 @@ export class Session {
         this.#checkFree();
         const chosen = rows ?? this.#position.keys();
         if (rows?.some((row) => !(Number.isInteger(row) && 0 <= row && row < this.batch))) {
-            throw new MsCompileError("input", `rows [${rows.join(", ")}] are outside this session's batch of ${this.batch}`);
+            throw new MsCompileError(
+                "input",
+                `rows [${rows.join(", ")}] are outside this session's batch of ${this.batch}`,
+            );
         }
         for (const row of chosen) {
             for (const state of this.#states.values()) state.reset(row);
@@ -243,7 +249,9 @@ export class Session {
                 this.#state(written).keep(data, shape, rows);
             }
         }
-        this.#position = this.#position.map((position, row) => position + (rows === null || rows[row] ? call.tokens : 0));
+        this.#position = this.#position.map(
+            (position, row) => position + (rows === null || rows[row] ? call.tokens : 0),
+        );
     }
 
     /**
@@ -255,17 +263,19 @@ export class Session {
         const context = Math.max(...this.#position, this.spec.schedule.chunk_multiple);
         const sizes = { batch: this.batch, chunk: tokens[0].length, context };
         const read = new Map(graph.reads.map((name) => [`${name}.in`, this.#state(name)]));
-        return new Map(graph.inputs.map(({ name, dtype, shape: dims }) => {
-            const shape = concrete(dims, sizes);
-            const state = read.get(name);
-            if (state !== undefined) return [name, { dtype, ...state.leading(shape) }];
-            const numbers = name === "tokens" ? tokens.flat() : name === "position" ? this.#position : null;
-            if (numbers === null) {
-                const stranger = `graph ${quoted(graph.name)} takes ${quoted(name)}, which no host knows`;
-                throw new MsCompileError("bundle", `${stranger}; export the bundle again`);
-            }
-            return [name, { dtype, shape, data: BigInt64Array.from(numbers, BigInt) }];
-        }));
+        return new Map(
+            graph.inputs.map(({ name, dtype, shape: dims }) => {
+                const shape = concrete(dims, sizes);
+                const state = read.get(name);
+                if (state !== undefined) return [name, { dtype, ...state.leading(shape) }];
+                const numbers = name === "tokens" ? tokens.flat() : name === "position" ? this.#position : null;
+                if (numbers === null) {
+                    const stranger = `graph ${quoted(graph.name)} takes ${quoted(name)}, which no host knows`;
+                    throw new MsCompileError("bundle", `${stranger}; export the bundle again`);
+                }
+                return [name, { dtype, shape, data: BigInt64Array.from(numbers, BigInt) }];
+            }),
+        );
     }
 
     /** @param {string} name */

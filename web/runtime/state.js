@@ -37,7 +37,8 @@ export class State {
         const { spec } = this;
         const shape = concrete(spec.shape, { batch: 1 });
         const data = zeros(spec.dtype, product(shape));
-        if (!Array.isArray(spec.initial)) return data.fill(/** @type {never} */ (element(spec.dtype, spec.initial, spec.name)));
+        if (!Array.isArray(spec.initial))
+            return data.fill(/** @type {never} */ (element(spec.dtype, spec.initial, spec.name)));
         const values = spec.initial.map((value) => element(spec.dtype, value, spec.name));
         const after = product(shape.slice(spec.time_axis === null ? 0 : spec.time_axis + 1));
         const rows = spec.time_axis === null ? 1 : shape[spec.time_axis];
@@ -112,9 +113,11 @@ export class State {
         const timeFirst = time < axis;
         const capacity = this.shape[time];
         /** @type {(i: number, j: number, at: number, rows: number) => number} */
-        const place = (i, j, at, rows) => inner * (timeFirst
-            ? ((i * rows + at) * middle + j) * this.batch + row
-            : ((i * this.batch + row) * middle + j) * rows + at);
+        const place = (i, j, at, rows) =>
+            inner *
+            (timeFirst
+                ? ((i * rows + at) * middle + j) * this.batch + row
+                : ((i * this.batch + row) * middle + j) * rows + at);
         const block = inner * (timeFirst ? 1 : count); // contiguous in both
         for (let i = 0; i < outer; i += 1) {
             for (let at = 0; at < (timeFirst ? count : Math.min(count, 1)); at += 1) {

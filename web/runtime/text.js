@@ -61,7 +61,9 @@ export function shown(value, levels = DEEPEST) {
     const [open, close] = Array.isArray(value) ? "[]" : "{}";
     const items = Array.isArray(value)
         ? value.slice(0, MOST_ITEMS).map((item) => shown(item, levels - 1))
-        : Object.entries(value).slice(0, MOST_ENTRIES).map(([key, item]) => `${shown(key)}: ${shown(item, levels - 1)}`);
+        : Object.entries(value)
+              .slice(0, MOST_ENTRIES)
+              .map(([key, item]) => `${shown(key)}: ${shown(item, levels - 1)}`);
     if (items.length && levels <= 0) return `${open}...${close}`;
     if (Object.keys(value).length > items.length) items.push("...");
     return open + items.join(", ") + close;

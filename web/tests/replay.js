@@ -65,7 +65,9 @@ const VERBS = {
         const other = await bundle.session(watched, { batch: batch + 1 });
         said.push(await sentence(async () => session.restore(other.state())));
     },
-    release: async () => { for (const engine of engines) await engine.release(); },
+    release: async () => {
+        for (const engine of engines) await engine.release();
+    },
     encode: async (words) => said.push(await sentence(async () => (await bundle.tokenizer()).encode(words))),
     generate: async (prompt, count, temperature, seed) => {
         const tokenizer = await bundle.tokenizer();
