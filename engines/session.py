@@ -117,7 +117,7 @@ class StreamSession:
         """Begin new streams in these rows, all of them by default."""
         chosen = np.arange(self._batch) if rows is None else np.array([operator.index(row) for row in rows], np.int64)
         if chosen.size and (chosen.min() < 0 or chosen.max() >= self._batch):
-            raise InputError(f"rows {list(chosen)} are outside this session's batch of {self._batch}")
+            raise InputError(f"rows {chosen.tolist()} are outside this session's batch of {self._batch}")
         for state in self._states.values():
             state.reset(chosen)
         self._position[chosen] = 0

@@ -123,9 +123,7 @@ def bisect(
 class Search:
     """For the first tensor at which an engine of a bundle departs from an export of its checkpoint."""
 
-    def __init__(
-        self, bundle: Bundle, engine: str, exported: Exported, progress: Progress = lambda *_: None
-    ) -> None:
+    def __init__(self, bundle: Bundle, engine: str, exported: Exported, progress: Progress = lambda *_: None) -> None:
         self.bundle, self.engine, self.exported, self.progress = bundle, engine, exported, progress
         self.precision = bundle.manifest.precision
         self.tolerance = parity.TOLERANCES[self.precision]

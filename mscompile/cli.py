@@ -336,7 +336,8 @@ def _ids(text: str) -> list[int]:
 def _encoded(opened: Bundle, text: str) -> list[int]:
     if not text:
         raise UsageError("--prompt is empty; give at least one character")
-    return opened.tokenizer.encode(text).tolist()
+    ids: list[int] = opened.tokenizer.encode(text).tolist()
+    return ids
 
 
 def _print_ids(begin: list[int], stream: Iterator[int], as_json: bool) -> None:
