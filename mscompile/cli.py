@@ -343,21 +343,23 @@ def _encoded(opened: Bundle, text: str) -> list[int]:
 def _print_ids(begin: list[int], stream: Iterator[int], as_json: bool) -> None:
     if as_json:
         _print_json({"prompt": begin, "ids": list(stream)})
-        return
-    typer.echo(",".join(map(str, begin)), nl=False)
-    for token in stream:
-        typer.echo(f",{token}", nl=False)
-    typer.echo()
+    else:
+        _print_pieces(",".join(map(str, begin)), (f",{token}" for token in stream))
 
 
 def _print_text(tokenizer: Tokenizer, begin: list[int], stream: Iterator[int], as_json: bool) -> None:
     prompt = tokenizer.decode(begin)
     if as_json:
         _print_json({"prompt": prompt, "text": tokenizer.decode(list(stream))})
-        return
-    typer.echo(prompt, nl=False)
-    for token in stream:
-        typer.echo(tokenizer.decode([token]), nl=False)
+    else:
+        _print_pieces(prompt, (tokenizer.decode([token]) for token in stream))
+
+
+def _print_pieces(begin: str, pieces: Iterator[str]) -> None:
+    """As they come; nothing where the first does not come."""
+    typer.echo(begin + next(pieces), nl=False)
+    for piece in pieces:
+        typer.echo(piece, nl=False)
     typer.echo()
 
 
