@@ -138,6 +138,25 @@ def serving(found: Results) -> str:
     return text + "\n" + table(("model", "MB a stream, as `inspect` says", "of a session", "of a row"), told)
 
 
+def hosts(found: Results) -> str:
+    """A step of each host beside the bare runtime call, and what the host adds to that call."""
+    if "cpp-overhead" not in found:
+        return MISSING
+    result = found["cpp-overhead"]
+    titles = {"bare": "bare ONNX Runtime call", "cpp": "C++ session", "python": "Python session"}
+    rows = []
+    for side, title in titles.items():
+        added = result["added"].get(side)
+        more = (f"{added['ms']:.3f}", f"{added['percent']:.1f} %") if added else ("", "")
+        rows.append((title, f"{result['step_ms'][side]:.2f}", *more))
+    ratio = result["cpp_to_bare"]
+    text = table(("host", "ms a step", "ms outside the runtime", "of the call"), rows)
+    spread = f"{ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})"
+    return (
+        f"{text}\nC++ to bare, by round: {spread}, of {result['rounds']} rounds of {result['steps_a_round']} steps.\n"
+    )
+
+
 def families(found: Results) -> str:
     """A row for each family: where it is from, on what it was verified, how exact and how fast its engine is."""
     from mscompile.models.families import FAMILIES
@@ -253,6 +272,7 @@ def sessions(found: Results) -> str:
 OUTCOMES = ("refused", "opened")
 BLOCKS: dict[str, Callable[[Results], str]] = {
     "families": families,
+    "hosts": hosts,
     "machine": machine,
     "attacks": attacks,
     "mutation": mutation,

@@ -153,7 +153,7 @@ class Search:
         return replace(about, verdict=verdict, passed=True)
 
     def _located(self, about: Report, left: Departure) -> Report:
-        if departure.past_ceiling(self.tolerance, LOGITS, left.program, left.wanted[LOGITS]):
+        if departure.past_ceiling(parity.TOLERANCES["fp32"], LOGITS, left.program, left.wanted[LOGITS]):
             verdict = "the streaming form itself leaves the original model: the fault is in a rule, not in the engine"
             cause = Suspect("streaming rule", "the stream program in PyTorch leaves the original, too")
             return replace(about, verdict=verdict, suspects=(cause,))
@@ -174,13 +174,14 @@ class Search:
 
     def _in_form(self, form: Form, left: Departure) -> Located | None:
         """The first tensor of the departing call that this form gets wrong; None where it gets all right."""
+        allowed = ROUNDING if self.precision == "fp32" else self.limit
         departing = []
         for graph, given, results in self._replayed(form, left, left.tokens.shape[1]).calls:
             if not self.exported.has(graph, given):
                 continue  # the fault of the contract
             wanted = self.exported.evaluate(graph, given)
             worst = max((relative_error(value, wanted[name]) for name, value in results.items()), default=0.0)
-            if worst > ROUNDING:
+            if worst > allowed:
                 departing.append((graph, given, wanted, worst))
         if not departing:
             return None
@@ -236,6 +237,7 @@ class Search:
         verdict = f"every graph is right on what {self.engine} had remembered, and {left.shows_in} is not, "
         verdict += f"{_when(about.step)}: the fault is in the engine's own form of {self._writer(left)}, "
         verdict += "or in how its session keeps states"
+        verdict += "" if self.precision == "fp32" else f", or errors of {self.precision} have added up over many steps"
         return replace(about, verdict=verdict, suspects=suspects(self._evidence_outside(left)))
 
     def _evidence_outside(self, left: Departure) -> Evidence:

@@ -6,8 +6,8 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +23,7 @@ from engines.torch_eager import original
 from exporters import adapter, check, cost, derived, export, program, streaming, weights
 from exporters.passes import append, table
 from exporters.passes.base import Outcome
-from exporters.precision import asked
+from exporters.precision import asked, half
 from exporters.precision import table as precisions
 from exporters.precision.base import Request
 from exporters.precision.rounding import Scheme
@@ -110,7 +110,8 @@ def compile_checkpoint(
         facts = {engine.name: _build(engine, directory, passed.spec, models, options, track) for engine in chosen}
         manifest = bundle.seal(directory, replace(manifest, engines=facts))
         if options.validate:
-            parity = _verify(chosen, directory, path, options, track)
+            with _explained(passed, options.precision):
+                parity = _verify(chosen, directory, path, options, track)
             bundle.seal(directory, replace(manifest, parity=parity, verified=bool(parity)))
         track("done")
     return open_bundle(target)
@@ -247,6 +248,18 @@ def _build(
     if fault := asked.fault(models, facts["numerics"]):
         raise GateFailed(f"{engine.name} does not run in {options.precision}: {fault}; no bundle was written")
     return facts
+
+
+@contextmanager
+def _explained(passed: Outcome, precision: str) -> Iterator[None]:
+    """Say of a failed gate what is known of its cause."""
+    try:
+        yield
+    except GateFailed as error:
+        if not any(half.DECIDES in hit.reason for hit in passed.hits):
+            raise
+        told = f"this model makes hard decisions, and close ones fall otherwise in {precision}: export it in fp32"
+        raise GateFailed(f"{error}; {told}") from error
 
 
 def _verify(

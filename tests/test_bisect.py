@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from copy import copy as duplicate
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -236,6 +237,16 @@ def test_layer_and_step_of_a_planted_fault_are_named(name: str, family: str, one
     assert f"{named.module} " in found.verdict
     assert f"at token {named.position}" in found.verdict
     assert not found.passed
+
+
+def test_a_stream_that_is_not_its_model_is_the_fault_of_a_rule(family: str, one: Subject) -> None:
+    other = duplicate(one.exported)
+    other.model = bundles.MODELS[family]()
+    next(weight for name, weight in other.model.named_parameters() if "feed_forward" in name).mul_(1.5)
+    found = Search(open_bundle(one.bundle), "ort", other).report(steps=STEPS)
+    assert found.verdict.startswith("the streaming form itself leaves the original model")
+    assert found.step is not None
+    assert [suspect.cause for suspect in found.suspects] == ["streaming rule"]
 
 
 def test_a_good_bundle_passes(one: Subject) -> None:

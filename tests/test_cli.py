@@ -53,7 +53,7 @@ def refused(ended: tuple[int, str, str], code: int = 2) -> str:
 def test_help_names_every_command_and_exit_code(run: Run) -> None:
     code, out, _ = run("--help")
     assert code == 0
-    for command in ("export", "validate", "bench", "generate", "inspect", "doctor", "families", "rules"):
+    for command in ("export", "validate", "bisect", "bench", "generate", "inspect", "doctor", "families", "rules"):
         assert command in out
     assert "Exit codes: 0 done; 1 a gate failed; 2 bad usage or input; 3" in " ".join(out.split()).replace("│", "")
 

@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as arrays
 
 from engines import ort, ort_half, ort_numerics, trt_rtx
 from exporters import check, weights
-from exporters.precision import asked, table
+from exporters.precision import asked, half, table
 from exporters.precision.base import Request
 from exporters.precision.ranges import SUFFIX, probed
 from exporters.precision.rounding import Rounded, Scheme, rounded
@@ -188,6 +188,28 @@ def test_half_leaves_sums_and_the_interface_in_fp32(name: str) -> None:
     assert made.graph.outputs[0].name == "logits"
     assert any("1 Softmax" in hit.reason and not hit.applied for hit in hits)
     onnx.checker.check_model(ir.to_proto(made), full_check=True)
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_what_decides_is_in_fp32_back_to_its_products(name: str) -> None:
+    deciding = MODEL.replace("<int64[2] flat", "<int64[1] three = {3}, int64[1] last = {-1}, int64[2] flat").replace(
+        "w = Softmax <axis = -1> (s)",
+        """best, number = TopK <axis = -1> (s, three)
+    least = ReduceMin <keepdims = 1> (best, last)
+    seen = GreaterOrEqual (s, least)
+    kept = Where (seen, s, least)
+    w = Softmax <axis = -1> (kept)""",
+    )
+    made, hits = lowered(name, deciding)
+    inputs = {node.op_type: [value.dtype for value in node.inputs if value is not None] for node in made.graph}
+    assert inputs["GreaterOrEqual"] == [ir.DataType.FLOAT] * 2
+    assert inputs["TopK"][0] == ir.DataType.FLOAT
+    assert asked.products(made) == {"float32": 2, HALVES[name][0].name.lower(): 1}
+    (told,) = (hit.reason for hit in hits if half.DECIDES in hit.reason)
+    assert all(operator in told for operator in ("1 MatMul", "1 Gemm", "1 TopK", "1 ReduceMin"))
+    exact = run(ir.to_proto(model(deciding)).SerializeToString())["logits"]
+    if name == "fp16":  # ONNX Runtime has no kernels for bfloat16 on CPUs
+        assert np.abs(run(ir.to_proto(made).SerializeToString())["logits"] - exact).max() < 0.01
 
 
 def test_numbers_that_half_cannot_hold_stay_in_fp32() -> None:

@@ -10,13 +10,15 @@ import cases
 import numpy as np
 import onnxruntime
 import pytest
+import tiny
 import torch
 
 import mscompile
 from engines.torch_eager import original
+from exporters.precision import half
 from exporters.precision.rounding import Scheme
 from exporters.precision.table import PRECISIONS
-from mscompile import inspection
+from mscompile import checkpoint, inspection
 from mscompile.contracts import Array, Profile, Session
 from mscompile.errors import EngineUnavailable, GateFailed
 from mscompile.pipeline import Options, compile_checkpoint
@@ -105,8 +107,6 @@ def wide(made_once: bundles.MadeOnce) -> Path:
     """A tiny Transformer-XL, but wide enough that a block of weights is one."""
 
     def save(path: Path) -> None:
-        from mscompile import checkpoint
-
         model = cases.transformer_xl(
             torch.float32, vocab_size=len(bundles.VOCAB), n_layer=1, mem_len=4, same_length=True,
             d_model=32, n_head=2, d_head=16, d_inner=64,
@@ -168,6 +168,38 @@ def test_an_engine_that_lacks_the_operators_is_refused_at_once(wide: Path, tmp_p
         compile_checkpoint(wide, ["ort", "trt-rtx"], tmp_path / "out.msc", Options(precision="int8-dynamic"))
     assert caught.value.exit_code == 3
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- Hard decisions ---------------------------------------------------------------------------------------
+
+
+def hard(family: str, tmp_path: Path, precision: str) -> mscompile.Bundle:
+    """The first tiny model of a family that decides by comparing."""
+    model = tiny.model(family, next(iter(tiny.TINY[family])), torch.float32, len(bundles.VOCAB))
+    checkpoint.save(tmp_path / "hard.pt", family, model, bundles.VOCAB)
+    options = bundles.options(precision=precision)
+    return compile_checkpoint(tmp_path / "hard.pt", ["ort"], tmp_path / "out.msc", options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "precision", "operator"),
+    [("hm-lstm", "fp16", "Gemm"), ("hm-lstm", "bf16", "Gemm"), ("product-key-memory", "bf16", "TopK")],
+)
+def test_hard_decisions_are_made_in_fp32(family: str, precision: str, operator: str, tmp_path: Path) -> None:
+    manifest = hard(family, tmp_path, precision).manifest
+    assert manifest.verified
+    islands = [hit.reason for hit in manifest.passes if half.DECIDES in hit.reason]
+    assert islands
+    assert all(operator in island for island in islands)
+
+
+@pytest.mark.slow
+def test_decisions_that_fall_otherwise_are_the_reason_of_a_refusal(tmp_path: Path) -> None:
+    """Which keys are nearest among random ones is close, and 11 bits of mantissa are held to a tenth of a logit."""
+    with pytest.raises(GateFailed, match="this model makes hard decisions, and close ones fall otherwise in fp16"):
+        hard("product-key-memory", tmp_path, "fp16")
+    assert not (tmp_path / "out.msc").exists()
 
 
 # ---- The trained examples ---------------------------------------------------------------------------------

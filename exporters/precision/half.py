@@ -31,6 +31,7 @@ DECISIONS = (
     *("TopK", "ArgMax", "ArgMin", "Round", "Floor", "Ceil", "Sign"),
     *("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"),
 )
+DECIDES = "a hard decision is made from it"  # the reason of such an island, which a failed gate repeats
 PRODUCTS = ("MatMul", "Gemm", "Conv", "Einsum")
 SAFETY = 8.0
 FLOAT = ir.DataType.FLOAT
@@ -93,7 +94,7 @@ class _Halved:
     def _island(self, node: ir.Node) -> str | None:
         """Why a node computes in FP32; None if it does not."""
         if node in self.decisive:
-            return "a hard decision is made from it"
+            return DECIDES
         if node.op_type in SUMS:
             return "it divides by sums over many numbers"
         if not _takes(node, self.kind, self.model.opset_imports[""]):
