@@ -105,6 +105,7 @@ def bisect(
 
     Raises UsageError where `reference` is another checkpoint, and EngineUnavailable where the engine cannot run here.
     """
+    rollouts.require_steps(steps)
     name = engine or gate.runnable(bundle)[0][0]
     bundle.plan(name)  # raises at once, before the long export
     trained = adapters.trained(reference, family, adapter, bundle.spec.max_context)

@@ -10,7 +10,7 @@ from engines import registry
 from mscompile import bench, bundle, isolation
 from mscompile.baseline import compare
 from mscompile.runtime import Bundle, open_bundle
-from validation import thresholds
+from validation import rollouts, thresholds
 from validation.evidence import Subject, Validation
 from validation.parity import TOLERANCES, ParityReport
 from validation.thresholds import Limits, Thresholds
@@ -28,6 +28,9 @@ class Original:
     adapter: str | None = None
     text: Path | None = None
     steps: int = 2048
+
+    def __post_init__(self) -> None:
+        rollouts.require_steps(self.steps)
 
 
 @dataclass(frozen=True)

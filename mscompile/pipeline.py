@@ -144,8 +144,7 @@ def _engines(targets: Sequence[str], options: Options) -> tuple[Engine, ...]:
         raise UsageError(f"unknown form of memory {options.memory!r}; known: {', '.join(MEMORIES)}")
     if options.context is not None and options.context < 2:
         raise UsageError(f"context must be at least 2 tokens, not {options.context}")
-    if options.steps < 32:
-        raise UsageError(f"steps must be at least 32 tokens, not {options.steps}")
+    rollouts.require_steps(options.steps)
     chosen = tuple(registry.find(name) for name in dict.fromkeys(targets) if name != "onnx")
     refused_by = precisions.PRECISIONS[options.precision].refused_by
     for engine in chosen:

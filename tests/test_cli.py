@@ -326,6 +326,12 @@ def test_options_of_a_baseline_without_one(run: Run, compiled: Path, options: li
     assert sentence == f"{named} needs the bundle of the last release to compare with; name it by --baseline"
 
 
+@pytest.mark.parametrize("command", ["validate", "bisect"])
+def test_rollouts_that_show_nothing(run: Run, compiled: Path, trained: Path, command: str) -> None:
+    sentence = refused(run(command, compiled, "--reference", trained, "--steps", "0"))
+    assert sentence == "steps must be at least 32 tokens, not 0"
+
+
 def test_an_unknown_workload(run: Run, compiled: Path) -> None:
     assert "unknown workload 'prefil:3'" in refused(run("bench", compiled, "--workload", "prefil:3"))
 

@@ -19,7 +19,7 @@ import mscompile
 from mscompile.errors import BundleError, MsCompileError
 
 ROOT = Path(mscompile.__file__).parents[1]
-KILLS = 20
+KILLS = 10
 
 
 def command(checkpoint: Path, out: Path, max_chunk: int = 16) -> list[str]:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -331,15 +331,12 @@ def processes() -> dict[int, tuple[int, str]]:
 
 
 def cell_processes(out: Path) -> list[int]:
-    """The processes of cells that write their logs into `out`."""
+    """The processes of cells that write their logs into `out`, without those that trace graphs for them."""
     found = []
     for pid, (_, command) in processes().items():
-        if "mscompile.sweep.cell" in command:
-            try:
-                log = str(Path(f"/proc/{pid}/fd/2").readlink())
-            except OSError:
-                continue
-            if log.startswith(str(out)):
+        with suppress(OSError):  # it has just ended
+            cell = "mscompile.sweep.cell" in command and os.getsid(pid) == pid
+            if cell and str(Path(f"/proc/{pid}/fd/2").readlink()).startswith(str(out)):
                 found.append(pid)
     return found
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mscompile.contracts import Array, StreamSpec
+from mscompile.errors import UsageError
 
+LEAST_STEPS = 32
 BATCH = 3  # rows of the batched rollouts, where the engine takes as many
 MOMENTS = 8  # at which states are compared in a long rollout
 
@@ -34,6 +36,12 @@ class Rollout:
         """Whether states are compared after chunk number `chunk`; always after the last."""
         count = len(self.chunks)
         return self.every_state or chunk == count - 1 or chunk % -(-count // MOMENTS) == 0
+
+
+def require_steps(steps: int) -> None:
+    """Raises UsageError for rollouts too short to show anything."""
+    if steps < LEAST_STEPS:
+        raise UsageError(f"steps must be at least {LEAST_STEPS} tokens, not {steps}")
 
 
 def standard(spec: StreamSpec, text: Array | None, steps: int, seed: int = 0) -> tuple[Rollout, ...]:
