@@ -65,7 +65,8 @@ class StateSpec:
     replace: `.out` is the whole new tensor; hosts keep two buffers and swap them.
     append: `.out` holds only new rows along `time_axis`; the host writes them into its buffer of
     `shape[time_axis]` rows behind the rows already there, as a ring. Which slots are valid follows from
-    `position`, so a graph never reads a slot that was not written.
+    `position`, so what lies in a slot that was not written does not matter, unless the original attends to what its
+    memory begins with (`reads_initial`).
     """
 
     name: str
@@ -75,6 +76,7 @@ class StateSpec:
     time_axis: int | None = None
     batch_axis: int = 0
     initial: float | tuple[float, ...] = 0.0  # a tuple is one row: all axes but batch and time, row-major
+    reads_initial: bool = False  # append: do logits depend on slots that hold `initial` and were not written yet?
 
     def initial_value(self, batch: int) -> Array:
         """The state of `batch` new streams."""

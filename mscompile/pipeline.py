@@ -35,7 +35,7 @@ from mscompile.golden import Golden
 from mscompile.golden import Rollout as GoldenRollout
 from mscompile.runtime import Bundle, open_bundle
 from mscompile.tokenizer import Tokenizer
-from validation import rollouts, sources
+from validation import invariants, rollouts, sources
 from validation.parity import TOLERANCES
 
 GOLDEN_TOKENS = 192
@@ -94,6 +94,7 @@ def compile_checkpoint(
         passed = table.run(
             models, stream.spec, MEMORIES[options.memory], lambda name: nodes.append(_counted(name, models))
         )
+        passed = _with_starts(stream, passed, trained)
         passed = _lowered(models, passed, text, options)
         nodes.append(_counted(options.precision, models))
         graphs = _made(directory / bundle.GRAPHS)
@@ -167,6 +168,26 @@ def traced(stream: program.Streaming, track: Callable[[str], None]) -> dict[str,
 def _counted(stage: str, models: dict[str, ir.Model]) -> dict[str, Any]:
     """How many nodes each graph has after a stage of the export."""
     return {"after": stage, "graphs": {name: len(model.graph) for name, model in models.items()}}
+
+
+def _with_starts(stream: program.Streaming, passed: Outcome, trained: checkpoint.Checkpoint) -> Outcome:
+    """The spec, saying of which rings the original reads slots that were not written yet.
+
+    It is the stream program that is tried, with the states that they were made from.
+    """
+    made_from = {name: row.source for name, row in passed.derived.items()}
+    source = {name: made_from.get(name, name) for name in invariants.rings(passed.spec)}
+    if not source:
+        return passed
+    executor = program.EagerExecutor(stream)
+    read = invariants.starts_read(
+        stream.spec,
+        lambda batch: StreamSession(stream.spec, executor, batch, trained.model.sources),
+        set(source.values()),
+        TOLERANCES["fp32"].logit_outlier_above,
+    )
+    states = [replace(state, reads_initial=source.get(state.name) in read) for state in passed.spec.states]
+    return replace(passed, spec=replace(passed.spec, states=tuple(states)))
 
 
 def _lowered(models: dict[str, ir.Model], passed: Outcome, text: Array | None, options: Options) -> Outcome:

@@ -205,3 +205,5 @@ def test_passes_keep_rows_that_change_when_they_become_memory(variant: str, tmp_
     checkpoint.save(source, FAMILY, tiny.model(FAMILY, variant, torch.float32, size), bundles.VOCAB)
     manifest = compile_checkpoint(source, ["ort"], tmp_path / "tiny.msc", bundles.options()).manifest
     assert (manifest.parity or {})["ort"]["failures"] == []
+    rings = [state for state in manifest.spec.states if state.update == "append"]
+    assert {state.reads_initial for state in rings} == {variant == "rolling-pre-norm"}, "these zeros are attended to"

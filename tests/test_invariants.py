@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import cases
 import numpy as np
 import pytest
+import tiny
 import torch
 
 from engines.session import StreamSession
@@ -141,6 +143,24 @@ def test_memory_that_is_read_before_it_was_written_is_caught() -> None:
     fault = checks("hourglass", ReadsBehindTheCursor)["poisoned slots"].fault
     assert fault is not None
     assert fault.startswith("memory is read before it was written: logits differ by up to")
+
+
+def test_what_is_read_before_it_was_written_is_found_by_its_name() -> None:
+    attends = tiny.model("skip-cross-head", "rolling-pre-norm", torch.float32)  # to the zeros it begins with
+    for model, wanted in ((attends, {"layer00.mems", "layer01.mems"}), (MODELS["rolling"](), set())):
+        names = [state.name for state in cases.build(model).spec.states]
+        new = partial(cases.eager_session, model)
+        assert invariants.starts_read(cases.build(model).spec, new, names, 1e-4) == wanted
+
+
+def test_rings_whose_first_slots_are_read_by_design_are_not_poisoned() -> None:
+    model = MODELS["hourglass"]()
+    spec = cases.build(model).spec
+    marked = replace(spec, states=tuple(replace(state, reads_initial=True) for state in spec.states))
+    found = invariants.check(marked, partial(cases.eager_session, model), cases.tokens(3, 60), 1e-4, False)
+    assert {check.name: check.skipped for check in found}["poisoned slots"] == (
+        "no state is appended to whose first slots are masked"
+    )
 
 
 def test_what_cannot_be_checked_says_why() -> None:

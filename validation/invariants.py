@@ -10,7 +10,7 @@ mask removes and its absence does not hide. Chunks are never padded: a prefill c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -49,7 +49,7 @@ def check(spec: StreamSpec, new_session: NewSession, tokens: Array, allowed: flo
     trial = _Trial(spec, new_session, tokens[:, : min(TOKENS, spec.max_context or TOKENS)], allowed)
     one_row = "one row only" if len(tokens) == 1 else None
     shared = "this precision has one scale for all rows" if coupled else None
-    rings = None if any(trial.rings(state.name) for state in spec.states) else "no state is appended to"
+    rings = None if trial.rings else "no state is appended to whose first slots are masked"
     out = None if trial.tokens.shape[1] > HEAD + OUT_OF_PHASE else "the context is too short"
     if set(new_session(1).state().states) != {state.name for state in spec.states}:
         out = "the states of sessions have other names than the spec's"
@@ -77,10 +77,7 @@ class _Trial:
     def __init__(self, spec: StreamSpec, new_session: NewSession, tokens: Array, allowed: float) -> None:
         self.spec, self.new_session, self.tokens, self.allowed = spec, new_session, tokens, allowed
         self.tail = tokens[:, HEAD + OUT_OF_PHASE :]
-
-    def rings(self, name: str) -> bool:
-        state = self.spec.state(name)
-        return state.update == "append" and np.dtype(state.dtype).kind == "f"
+        self.rings = [name for name in rings(spec) if not spec.state(name).reads_initial]
 
     def begun(self) -> Session:
         """A session in mid-stream. Row 0 is out of phase, unless a reset would ask a host for what it does not know."""
@@ -129,11 +126,8 @@ class _Trial:
 
     def poisoned_slots(self) -> str | None:
         session = self.new_session(len(self.tokens))
-        fresh = session.state()
-        first = stepped(session, self.tokens)
-        filled = {name: np.full_like(value, LARGE) for name, value in fresh.states.items() if self.rings(name)}
-        session.restore(replace(fresh, states={**fresh.states, **filled}))
-        return self.differs(stepped(session, self.tokens), first, "memory is read before it was written")
+        first, again = with_other_starts(session, self.tokens, self.rings)
+        return self.differs(again, first, "memory is read before it was written")
 
     def rows(self, saved: Snapshot, order: Array) -> Snapshot:
         """The same streams in other rows."""
@@ -159,6 +153,36 @@ class _Trial:
             return None
         how = "are not finite" if np.isnan(error) else f"differ by up to {error:.3g}, {self.allowed:.3g} is allowed"
         return f"{sentence}: logits {how}"
+
+
+def rings(spec: StreamSpec) -> list[str]:
+    """The names of the appended states that can be poisoned."""
+    return [state.name for state in spec.states if state.update == "append" and np.dtype(state.dtype).kind == "f"]
+
+
+def starts_read(spec: StreamSpec, new_session: NewSession, names: Collection[str], allowed: float) -> set[str]:
+    """Which of the states `names` change logits by more than `allowed` with what they hold in a new session."""
+    length = min(TOKENS, spec.max_context or TOKENS)
+    tokens = np.random.default_rng(0).integers(0, spec.vocab_size, (1, length), dtype=np.int64)
+
+    def read(some: Collection[str]) -> bool:
+        first, again = with_other_starts(new_session(1), tokens, some)
+        return not (np.abs(again - first) <= allowed).all()
+
+    return {name for name in names if read([name])} if read(names) else set()
+
+
+def with_other_starts(session: Session, tokens: Array, names: Collection[str]) -> tuple[Array, Array]:
+    """Logits of a new session, and of one whose states `names` begin with large numbers."""
+    fresh = session.state()
+    first = stepped(session, tokens)
+    session.restore(replace(fresh, states={**fresh.states, **{name: _large(fresh.states[name]) for name in names}}))
+    return first, stepped(session, tokens)
+
+
+def _large(like: Array) -> Array:
+    """Two numbers by turns: neither a mean nor what a LayerNorm makes of them is zero."""
+    return np.where(np.arange(like.size) % 2, LARGE, LARGE / 2).reshape(like.shape).astype(like.dtype)
 
 
 def stepped(session: Session, tokens: Array) -> Array:

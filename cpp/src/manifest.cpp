@@ -55,7 +55,7 @@ std::vector<double> initial(const Place& place) {
 }
 
 StateSpec state(const Place& place) {
-    place.check_keys("StateSpec", {"name", "dtype", "shape"}, {"update", "time_axis", "batch_axis", "initial"});
+    place.check_keys("StateSpec", {"name", "dtype", "shape"}, {"update", "time_axis", "batch_axis", "initial", "reads_initial"});
     StateSpec found;
     found.name = place["name"].text();
     found.dtype = place["dtype"].text();
@@ -67,6 +67,7 @@ StateSpec state(const Place& place) {
         found.initial = initial(place["initial"]);
         found.initial_is_row = place["initial"].is_list();
     }
+    if (place.has("reads_initial")) found.reads_initial = place["reads_initial"].boolean();
     return found;
 }
 

@@ -173,6 +173,7 @@ const state = record("StateSpec", {
     time_axis: optional(nullable(integer), null),
     batch_axis: optional(integer, 0),
     initial: optional(initial, 0),
+    reads_initial: optional(boolean, false),
 });
 const graph = record("GraphSpec", {
     name: text,

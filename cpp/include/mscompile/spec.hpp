@@ -45,6 +45,7 @@ struct StateSpec {
     std::int64_t batch_axis = 0;
     std::vector<double> initial = {0.0};  ///< one number, or one row: all axes but batch and time, row-major
     bool initial_is_row = false;
+    bool reads_initial = false;  ///< append: do logits depend on slots that hold `initial` and were not written yet?
 
     [[nodiscard]] std::string input_name() const { return name + ".in"; }
     [[nodiscard]] std::string output_name() const { return name + ".out"; }
