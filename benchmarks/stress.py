@@ -24,6 +24,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 CLI = (sys.executable, "-m", "mscompile.cli")
+FORMATS = ("cpp", "ort-mobile", "triton")  # web needs packages of npm beside it
 PAGE_BYTES = 4096
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1  # linux/prctl.h, linux/capability.h
 
@@ -50,10 +51,13 @@ def commands(checkpoint: Path, bundle: Path) -> dict[str, Command]:
             lambda out: (*CLI, "export", "--model", checkpoint, "--out", out / "model.msc", *sizes, "--force"),
             ("model.msc",),
         ),
-        Command(
-            "package",
-            lambda out: (*CLI, "package", bundle, "--format", "cpp", "--out", out / "project", "--force"),
-            ("project",),
+        *(
+            Command(
+                f"package --format {form}",
+                lambda out, form=form: (*CLI, "package", bundle, "--format", form, "--out", out / "project", "--force"),
+                ("project",),
+            )
+            for form in FORMATS
         ),
         Command(
             "validate",

@@ -480,7 +480,7 @@ def _release(baseline: Path | None, **decided: float | None) -> Release | None:
 
 def _end_with_the_parent() -> None:
     """Wait for the end of stdin, which an export holds open while it lives."""
-    sys.stdin.read()
+    os.read(0, 1)  # not sys.stdin, whose lock a forked process would find held for ever
     os._exit(1)
 
 

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 VOCAB = ("\n", " ", *string.ascii_lowercase)
 STEPS = 64
-ADAPTERS = Path(__file__).parent.parent / "examples" / "adapters"
+SHIPPED = Path(__file__).parent.parent / "examples"
+ADAPTERS = SHIPPED / "adapters"
+EXAMPLES = ("transformer-xl", "hourglass")
 MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 
 MODELS = {
@@ -93,3 +95,17 @@ def checkpoint_of(made_once: MadeOnce, family: str) -> Path:
 def bundle_of(made_once: MadeOnce, family: str, checkpoint_of: Path) -> Path:
     """The bundle of each family in turn."""
     return made_once(f"{family}.msc", lambda path: compile_to(path, checkpoint_of))
+
+
+def example_of(name: str, made_once: MadeOnce) -> Path:
+    """The bundle of a trained example, not verified."""
+    from mscompile.pipeline import Options, compile_checkpoint
+
+    source, wanted = SHIPPED / f"{name}.pt", Options(validate=False)
+    return made_once(f"example-{name}.msc", lambda path: compile_checkpoint(source, ["ort"], path, wanted))
+
+
+@pytest.fixture(scope="session", params=EXAMPLES)
+def example(request: pytest.FixtureRequest, made_once: MadeOnce) -> Path:
+    """The bundle of each trained example in turn."""
+    return example_of(str(request.param), made_once)

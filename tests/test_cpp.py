@@ -1,7 +1,7 @@
 """The C++ runtime in cpp/: built as CMake builds it, it gives what the Python session gives, errors included.
 
-Needs CMake, a compiler and what cpp/dependencies.sh gets; `make cpp` provides it and builds first. Fixtures
-build first, so that nothing is exported where nothing can be built.
+Needs CMake, a compiler and what cpp/dependencies.sh gets; `make cpp` provides it and builds first. So do the tests,
+and export nothing where nothing can be built.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import onnxruntime
 import pytest
 import tiny
 import torch
+from replays import LENGTHS, Replay, mixed
 
 from engines import registry
 from engines.cuda import device_count
@@ -31,12 +31,11 @@ from mscompile import checkpoint
 from mscompile.contracts import Array, HostInput
 from mscompile.errors import MsCompileError
 from mscompile.packaging.formats import package
-from mscompile.runtime import Bundle, generate, open_bundle
+from mscompile.runtime import generate, open_bundle
 
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "cpp"
 TOOLS = BUILD / "dependencies" / "bin"
-MODELS = ("transformer-xl", "hourglass")
 PROMPT = "And it came to pass"
 SANITIZERS = ("address", "thread")
 STREAMS = 8
@@ -96,64 +95,18 @@ def built(preset: str) -> Path:
     return BUILD / preset
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def programs() -> Path:
     return built("release") / "tests"
-
-
-@pytest.fixture(scope="session", params=MODELS)
-def example(request: pytest.FixtureRequest, made_once: bundles.MadeOnce) -> Path:
-    """The bundle of each trained example."""
-    from mscompile.pipeline import Options, compile_checkpoint
-
-    built("release")
-    name = str(request.param)
-    source, wanted = ROOT / "examples" / f"{name}.pt", Options(validate=False)
-    return made_once(f"example-{name}.msc", lambda path: compile_checkpoint(source, ["ort"], path, wanted))
 
 
 # ---- The same logits ---------------------------------------------------------------------------------------
 
 
-@dataclass
-class Both:
-    """A script for the C++ session, and what the Python session does of it."""
-
-    opened: Bundle
-    batch: int
-
-    def __post_init__(self) -> None:
-        sources = {given.name: source_of(given) for given in self.opened.spec.inputs}
-        self.session = self.opened.session("ort", self.batch, sources)
-        self.script: list[str] = []
-        self.logits: list[Array] = []
-
-    def step(self, tokens: Array) -> None:
-        self.script.append(line("step", tokens.shape[1], *tokens.ravel()))
-        self.logits.append(self.session.step(tokens).ravel())
-
-    def reset(self, rows: Sequence[int] | None = None) -> None:
-        self.script.append(line("reset", *(rows or ())))
-        self.session.reset(rows)
-
-    def save(self) -> None:
-        self.script.append("save")
-        self.saved = self.session.state()
-
-    def restore(self) -> None:
-        self.script.append("restore")
-        self.session.restore(self.saved)
-
-    def largest_difference(self, programs: Path) -> float:
-        words = (programs / "replay", self.opened.path, self.batch)
-        came = np.frombuffer(output(*words, stdin="\n".join(self.script)), np.float32)
-        wanted = np.concatenate(self.logits)
-        assert came.shape == wanted.shape
-        return float(np.abs(came - wanted).max())
-
-
-def line(verb: str, *numbers: int) -> str:
-    return " ".join([verb, *map(str, numbers)])
+def line(verb: str, given: Array | Sequence[int] | None = None) -> str:
+    """What tests/replay.cpp reads: rows of a reset, or the number of tokens a row and the tokens."""
+    tokens = (given.shape[1], *given.ravel()) if isinstance(given, np.ndarray) else ()
+    return " ".join(map(str, (verb, *(tokens or given or ()))))
 
 
 def source_of(given: HostInput) -> Callable[[Array], Array]:
@@ -168,37 +121,30 @@ def source_of(given: HostInput) -> Callable[[Array], Array]:
     return source
 
 
-def rolled_out(path: Path, batch: int, count: int, seed: int = 0) -> Both:
-    """Random tokens in mixed chunks, rows reset out of phase, snapshots on the way."""
-    both, draw = Both(open_bundle(path), batch), np.random.default_rng(seed)
-    vocab, limit = both.opened.spec.vocab_size, both.opened.spec.max_context or 2**62
-    done, lengths = 0, [length for length in (1, 1, 1, 2, 3, 7, 16, 64, 200) if length <= limit]
-    while done < count:
-        length = int(draw.choice(lengths))
-        if (both.session.position + length > limit).any():
-            both.reset()
-        both.step(draw.integers(0, vocab, (batch, length)))
-        done += length
-        if draw.random() < 0.15:
-            both.reset([int(draw.integers(batch))])
-        if draw.random() < 0.15:
-            both.save()
-        if "save" in both.script and draw.random() < 0.1:
-            both.restore()
-    return both
+def replayed(path: Path, batch: int, count: int) -> Replay:
+    """Mixed chunks of `count` tokens and more, a few of them longer than a prefill call."""
+    sources = {given.name: source_of(given) for given in open_bundle(path).spec.inputs}
+    return mixed(path, batch, count, (*LENGTHS, 200), sources)
+
+
+def largest_difference(replay: Replay, programs: Path) -> float:
+    """Between the logits of the C++ session and the Python session."""
+    script = "\n".join(line(verb, *given) for verb, *given in replay.script)
+    came = output(programs / "replay", replay.opened.path, replay.batch, stdin=script)
+    return replay.largest_difference(np.frombuffer(came, np.float32))
 
 
 def test_logits_are_those_of_the_python_session(programs: Path, example: Path) -> None:
-    both = rolled_out(example, batch=3, count=2000)
-    assert {"save", "restore"} < {entry.split()[0] for entry in both.script}
-    assert both.largest_difference(programs) <= 1e-6
+    replay = replayed(example, batch=3, count=2000)
+    assert {"save", "restore"} < replay.verbs
+    assert largest_difference(replay, programs) <= 1e-6
 
 
 def test_the_bundles_own_graphs_give_the_same(programs: Path, example: Path, tmp_path: Path) -> None:
     """As on another processor, where the packed weights do not fit."""
     copy = shutil.copytree(example, tmp_path / "copy.msc")
     edit(copy, "engines/ort/engine.json", lambda facts: facts.update(packed_for="another machine"))
-    assert rolled_out(copy, batch=2, count=300).largest_difference(programs) <= 1e-6
+    assert largest_difference(replayed(copy, batch=2, count=300), programs) <= 1e-6
 
 
 @pytest.mark.parametrize("family", ["retro", "hm-lstm", "compressive"])
@@ -215,7 +161,7 @@ def test_host_inputs_and_other_states(programs: Path, family: str, made_once: bu
         compile_checkpoint(made_once(f"cpp-{family}.pt", trained), ["ort"], path, bundles.options(validate=False))
 
     path = made_once(f"cpp-{family}.msc", exported)
-    assert rolled_out(path, batch=3, count=100).largest_difference(programs) <= 1e-6
+    assert largest_difference(replayed(path, batch=3, count=100), programs) <= 1e-6
 
 
 @pytest.mark.parametrize("preset", SANITIZERS)
@@ -224,7 +170,7 @@ def test_sanitizers_find_nothing(preset: str, example: Path) -> None:
     programs = built(preset) / "tests"
     output(programs / "unit")
     output(programs / "streams", example, STREAMS)
-    assert rolled_out(example, batch=3, count=400).largest_difference(programs) <= 1e-6
+    assert largest_difference(replayed(example, batch=3, count=400), programs) <= 1e-6
     assert PROMPT in output(programs / "generate-c", example, PROMPT, 20).decode()
 
 
@@ -422,27 +368,28 @@ def test_damaged_bundles_are_refused_as_in_python(programs: Path, compiled: Path
 
 
 REFUSED = {
-    "an id too large": (2, [[0, 10**9]]),
-    "a negative id": (2, [[5, -3]]),
-    "beyond the context": (1, None),
-    "no tokens": (0, [[]]),
+    "an id too large": [[0, 10**9]],
+    "a negative id": [[5, -3]],
+    "beyond the context": None,
+    "no tokens": [[]],
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_steps_are_refused_as_in_python(programs: Path, example: Path, name: str) -> None:
-    count, tokens = REFUSED[name]
-    opened = open_bundle(example)
+    opened, given = open_bundle(example), REFUSED[name]
     session, limit = opened.session("ort"), opened.spec.max_context
     fed: list[str] = []
-    if tokens is None:
+    if given is None:
         if limit is None:
             pytest.skip("this model has no limit")
-        session.step(np.zeros((1, limit), np.int64))
-        fed, tokens = [line("step", limit, *[0] * limit)], [[0]]
+        fill, given = np.zeros((1, limit), np.int64), [[0]]
+        session.step(fill)
+        fed = [line("step", fill)]
+    tokens = np.array(given, np.int64)
     with pytest.raises(MsCompileError) as refused:
-        session.step(np.array(tokens, np.int64))
-    script = "\n".join([*fed, line("refused", count, *tokens[0]), "position"])
+        session.step(tokens)
+    script = "\n".join([*fed, line("refused", tokens), "position"])
     written = output(programs / "replay", example, 1, stdin=script)
     came = written[sum(len(entry.split()) - 2 for entry in fed) * opened.spec.vocab_size * 4 :].decode().splitlines()
     assert came == [str(refused.value), f"{session.position[0]} "]

@@ -102,7 +102,7 @@ def test_a_mixture_would_be_found(trials: stress.Trials, monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["package", "validate", "bench", "export"])
+@pytest.mark.parametrize("name", ["package --format triton", "validate", "bench", "export"])
 def test_commands_that_are_ended_leave_the_old_or_the_new(
     name: str, library: Path, trained: Path, compiled: Path, tmp_path: Path
 ) -> None:

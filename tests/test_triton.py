@@ -38,7 +38,6 @@ from mscompile.runtime import Bundle, generate, open_bundle
 
 ROOT = Path(__file__).parents[1]
 DRIVER = ROOT / "tests" / "triton_driver.py"
-EXAMPLES = ("transformer-xl", "hourglass")
 TOLERANCE = 1e-5
 PROMPT = "And it came to pass"
 
@@ -402,18 +401,10 @@ def wait_until_ready(server: Server, process: subprocess.Popen[bytes]) -> None:
     raise AssertionError(server.log.read_text()[-5000:])
 
 
-def example_bundle(made_once: bundles.MadeOnce, name: str, memory: str) -> Path:
-    from mscompile.pipeline import Options, compile_checkpoint
-
-    source, wanted = ROOT / "examples" / f"{name}.pt", Options(validate=False, memory=memory)
-    suffix = "" if memory == "append" else f"-{memory}"
-    return made_once(f"example-{name}{suffix}.msc", lambda path: compile_checkpoint(source, ["ort"], path, wanted))
-
-
 @pytest.fixture(scope="module")
 def examples(made_once: bundles.MadeOnce) -> dict[str, Bundle]:
     environment()
-    return {name: open_bundle(example_bundle(made_once, name, "append")) for name in EXAMPLES}
+    return {name: open_bundle(bundles.example_of(name, made_once)) for name in bundles.EXAMPLES}
 
 
 @pytest.fixture(scope="module")
@@ -481,7 +472,7 @@ def test_a_real_server_refuses_one_request_and_answers_the_others(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", bundles.EXAMPLES)
 def test_the_client_of_a_repository_writes_what_python_writes(
     served: tuple[Server, Path], examples: dict[str, Bundle], name: str
 ) -> None:

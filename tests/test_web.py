@@ -16,7 +16,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +26,18 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from replays import Replay, mixed
 
 from mscompile import checkpoint
 from mscompile.contracts import Array
 from mscompile.errors import MsCompileError, UsageError
 from mscompile.packaging.formats import package
 from mscompile.packaging.web import MODULES, PACKAGE
-from mscompile.runtime import Bundle, generate, open_bundle
+from mscompile.runtime import generate, open_bundle
 
 ROOT = Path(__file__).parents[1]
 WEB = ROOT / "web"
 NODE, WASM = "onnxruntime-node", "onnxruntime-web"
-EXAMPLES = ("transformer-xl", "hourglass")
 PROMPT = "And it came to pass"
 PATIENCE_MS = 60_000
 
@@ -51,16 +51,6 @@ def modules() -> Path:
     if not (found / PACKAGE / "package.json").is_file():
         pytest.skip(f"{found} has no {PACKAGE}: run make web")
     return found
-
-
-@pytest.fixture(scope="session", params=EXAMPLES)
-def example(request: pytest.FixtureRequest, made_once: bundles.MadeOnce) -> Path:
-    """The bundle of each trained example."""
-    from mscompile.pipeline import Options, compile_checkpoint
-
-    name = str(request.param)
-    source, wanted = ROOT / "examples" / f"{name}.pt", Options(validate=False)
-    return made_once(f"example-{name}.msc", lambda path: compile_checkpoint(source, ["ort"], path, wanted))
 
 
 # ---- The same logits and texts in Node ---------------------------------------------------------------------
@@ -84,74 +74,25 @@ def replay(path: Path, modules: Path, script: Sequence[Sequence[Any]], batch: in
     return Said(np.frombuffer(base64.b64decode(came["logits"]), np.float32), came["said"])
 
 
-@dataclass
-class Both:
-    """A script for the JavaScript session, and what the Python session does of it."""
-
-    opened: Bundle
-    batch: int
-    script: list[list[Any]] = field(default_factory=list)
-    logits: list[Array] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.session = self.opened.session("ort", self.batch)
-
-    def step(self, tokens: Array) -> None:
-        self.script.append(["step", tokens.tolist()])
-        self.logits.append(self.session.step(tokens).ravel())
-
-    def reset(self, rows: Sequence[int] | None = None) -> None:
-        self.script.append(["reset", rows])
-        self.session.reset(rows)
-
-    def save(self) -> None:
-        self.script.append(["save"])
-        self.saved = self.session.state()
-
-    def restore(self) -> None:
-        self.script.append(["restore"])
-        self.session.restore(self.saved)
-
-    def largest_difference(self, modules: Path, runtime: str) -> float:
-        script = [*self.script, ["position"]]
-        came = replay(self.opened.path, modules, script, self.batch, runtime)
-        wanted = np.concatenate(self.logits)
-        assert came.answers == [self.session.position.tolist()]
-        assert came.logits.shape == wanted.shape
-        return float(np.abs(came.logits - wanted).max())
-
-
-def rolled_out(path: Path, batch: int, count: int, seed: int = 0) -> Both:
-    """Random tokens in mixed chunks, rows reset out of phase, snapshots on the way."""
-    both, draw = Both(open_bundle(path), batch), np.random.default_rng(seed)
-    vocab, limit = both.opened.spec.vocab_size, both.opened.spec.max_context or 2**62
-    done = 0
-    while done < count:
-        length = min(int(draw.choice([1, 1, 1, 2, 3, 7, 16, 64])), limit)
-        if (both.session.position + length > limit).any():
-            both.reset()
-        both.step(draw.integers(0, vocab, (batch, length)))
-        done += length
-        if draw.random() < 0.15:
-            both.reset([int(draw.integers(batch))])
-        if draw.random() < 0.15:
-            both.save()
-        if ["save"] in both.script and draw.random() < 0.1:
-            both.restore()
-    return both
+def largest_difference(done: Replay, modules: Path, runtime: str) -> float:
+    """Between the logits of the JavaScript session and the Python session, which end at the same positions."""
+    script = [[verb, *(np.asarray(each).tolist() for each in given)] for verb, *given in done.script]
+    came = replay(done.opened.path, modules, [*script, ["position"]], done.batch, runtime)
+    assert came.answers == [done.session.position.tolist()]
+    return done.largest_difference(came.logits)
 
 
 @pytest.mark.parametrize("runtime", [NODE, WASM])
 def test_logits_of_small_models(bundle_of: Path, modules: Path, runtime: str) -> None:
-    assert rolled_out(bundle_of, batch=3, count=120).largest_difference(modules, runtime) <= 1e-4
+    assert largest_difference(mixed(bundle_of, batch=3, count=120), modules, runtime) <= 1e-4
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("runtime", [NODE, WASM])
-def test_logits_are_those_of_the_python_session(example: Path, modules: Path, runtime: str) -> None:
-    both = rolled_out(example, batch=3, count=600)
-    assert {"save", "restore", "reset"} < {entry[0] for entry in both.script}
-    assert both.largest_difference(modules, runtime) <= 1e-4
+def test_logits_are_those_of_the_python_session(modules: Path, example: Path, runtime: str) -> None:
+    done = mixed(example, batch=3, count=600)
+    assert {"save", "restore", "reset"} < done.verbs
+    assert largest_difference(done, modules, runtime) <= 1e-4
 
 
 def made(family: str, made_once: bundles.MadeOnce, **changes: object) -> Path:
@@ -174,7 +115,7 @@ def test_logits_with_closing_graphs_and_replaced_states(
     family: str, made_once: bundles.MadeOnce, modules: Path
 ) -> None:
     path = made(family, made_once)
-    assert rolled_out(path, batch=3, count=100).largest_difference(modules, NODE) <= 1e-4
+    assert largest_difference(mixed(path, batch=3, count=100), modules, NODE) <= 1e-4
 
 
 @pytest.mark.slow
@@ -185,8 +126,8 @@ def test_every_precision_runs_in_wasm(precision: str, made_once: bundles.MadeOnc
     source = ROOT / "examples" / "transformer-xl.pt"
     wanted = Options(validate=False, precision=precision)
     path = made_once(f"web-{precision}.msc", lambda out: compile_checkpoint(source, ["ort"], out, wanted))
-    both = rolled_out(path, batch=1, count=50)
-    assert both.largest_difference(modules, WASM) <= 0.5  # rounded to few bits, by kernels of its own
+    done = mixed(path, batch=1, count=50)
+    assert largest_difference(done, modules, WASM) <= 0.5  # rounded to few bits, by kernels of its own
     came = replay(path, modules, [["generate", PROMPT, 30, 0, None]], runtime=WASM)
     assert came.answers == [text_of(path, PROMPT, 30, 0.0, None)]
 
