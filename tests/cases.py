@@ -8,15 +8,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from itertools import product
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from hypothesis import strategies as st
+from torch import nn
 
 from engines.session import StreamSession
 from exporters import program
 from mscompile.contracts import Array, Profile, Session, Snapshot
+from mscompile.conversion.base import Converted, Foreign
+from mscompile.models import families
 from mscompile.models.family import ReferenceModel
 from mscompile.models.hourglass import SHORTENINGS, UPSAMPLINGS, Hourglass, HourglassConfig
 from mscompile.models.transformer_xl import TransformerXL, TransformerXLConfig
@@ -117,6 +121,20 @@ def build(
 ) -> program.StreamProgram:
     """The stream program of a model, built once."""
     return program.build(model, Profile(1, max_batch, max_chunk), context)
+
+
+def foreign(model: nn.Module, settings: Settings, prefix: str = "") -> Foreign:
+    """What a file with a module's state dict and its settings is read as."""
+    tensors = {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
+    return Foreign(Path("model.pt"), tensors, settings)
+
+
+def adopted(result: Converted) -> ReferenceModel:
+    """Our model, in double precision, of what was converted."""
+    row = families.find(result.family)
+    ours = row.model(row.parse_config(dict(result.config))).to(torch.float64).eval().requires_grad_(False)
+    ours.load_state_dict(dict(result.tensors))
+    return ours
 
 
 def eager_session(

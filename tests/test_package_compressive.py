@@ -17,7 +17,6 @@ from mscompile.conversion import compressive_pytorch
 from mscompile.conversion.base import Foreign
 from mscompile.conversion.table import SOURCES
 from mscompile.errors import CheckpointError
-from mscompile.models import families
 from mscompile.models.family import ReferenceModel
 from mscompile.pipeline import compile_checkpoint
 from mscompile.runtime import open_bundle
@@ -49,18 +48,9 @@ def published(dtype: torch.dtype = torch.float64, **settings: Any) -> nn.Module:
     return cases.seeded(package.CompressiveTransformer(**{**USUAL, **settings}), dtype)
 
 
-def foreign(model: nn.Module, settings: dict[str, Any], prefix: str = "") -> Foreign:
-    tensors = {prefix + name: tensor for name, tensor in model.state_dict().items()}
-    return Foreign(Path("model.pt"), tensors, settings)
-
-
 def converted(model: nn.Module, **settings: Any) -> ReferenceModel:
     """Our model of their state dict and settings."""
-    result = compressive_pytorch.convert(foreign(model, {**USUAL, **settings}))
-    row = families.find(result.family)
-    ours = row.model(row.parse_config(dict(result.config))).to(torch.float64).eval().requires_grad_(False)
-    ours.load_state_dict(dict(result.tensors))
-    return ours
+    return cases.adopted(compressive_pytorch.convert(cases.foreign(model, {**USUAL, **settings})))
 
 
 def theirs(model: Any, tokens: Array) -> Array:
@@ -89,7 +79,7 @@ def test_a_stream_of_any_chunks_equals_the_packages_forward_over_seven_segments(
 def test_lengths_that_are_not_stored_are_those_of_their_constructor() -> None:
     arguments = {"seq_len": 8}
     model = cases.seeded(package.CompressiveTransformer(num_tokens=cases.VOCAB, dim=8, depth=2, **arguments))
-    config = compressive_pytorch.convert(foreign(model, arguments)).config
+    config = compressive_pytorch.convert(cases.foreign(model, arguments)).config
     want = {"tgt_len": 8, "mem_len": 8, "cmem_len": 2, "compression_rate": 4, "n_head": 8, "d_ff": 32,
             "residual": "gru", "feed_forward": "gelu", "enhanced_recurrence": True, "memory_layers": None}  # fmt: skip
     assert {name: config[name] for name in want} == want
@@ -97,34 +87,34 @@ def test_lengths_that_are_not_stored_are_those_of_their_constructor() -> None:
 
 def test_the_packages_wrapper_is_taken_off() -> None:
     model = published()
-    wrapped = foreign(package.AutoregressiveWrapper(model), USUAL)
+    wrapped = cases.foreign(package.AutoregressiveWrapper(model), USUAL)
     assert all(name.startswith("net.") for name in wrapped.tensors)
     assert compressive_pytorch.recognises(wrapped)
-    ours, bare = (compressive_pytorch.convert(each).tensors for each in (wrapped, foreign(model, USUAL)))
+    ours, bare = (compressive_pytorch.convert(each).tensors for each in (wrapped, cases.foreign(model, USUAL)))
     assert ours.keys() == bare.keys()
     assert all(torch.equal(ours[name], bare[name]) for name in ours)
 
 
 def test_no_other_checkpoint_is_taken_for_one() -> None:
-    ours = foreign(cases.transformer_xl(), {})
+    ours = cases.foreign(cases.transformer_xl(), {})
     assert not compressive_pytorch.recognises(ours)
-    assert compressive_pytorch.recognises(foreign(published(), {}))
+    assert compressive_pytorch.recognises(cases.foreign(published(), {}))
     assert not compressive_pytorch.recognises(Foreign(Path("model.pt"), {}, {}))
 
 
 def test_lengths_that_cannot_be_those_of_the_model_are_refused() -> None:
     with pytest.raises(CheckpointError) as caught:
-        compressive_pytorch.convert(foreign(published(), {**USUAL, "mem_len": 6}))
+        compressive_pytorch.convert(cases.foreign(published(), {**USUAL, "mem_len": 6}))
     assert str(caught.value) == (
         "model.pt: pos_emb has 12 positions, but seq_len 4, mem_len 6 and cmem_len 3 make 13; "
         "store the settings that the model was built with"
     )
     with pytest.raises(CheckpointError, match="the setting 'seq_len' cannot be told from the tensors"):
-        compressive_pytorch.convert(foreign(published(), {}))
+        compressive_pytorch.convert(cases.foreign(published(), {}))
 
 
 def test_a_tensor_of_another_version_is_named() -> None:
-    given = foreign(published(), USUAL)
+    given = cases.foreign(published(), USUAL)
     with pytest.raises(CheckpointError, match=r"no place is known for the tensors attn_layers.1.fn.fn.gamma$"):
         compressive_pytorch.convert(
             Foreign(given.path, {**given.tensors, "attn_layers.1.fn.fn.gamma": torch.zeros(8)}, USUAL)

@@ -17,7 +17,6 @@ from mscompile.conversion import megabyte_pytorch
 from mscompile.conversion.base import Foreign
 from mscompile.conversion.table import SOURCES
 from mscompile.errors import CheckpointError
-from mscompile.models import families
 from mscompile.models.family import ReferenceModel
 from mscompile.pipeline import compile_checkpoint
 from mscompile.runtime import open_bundle
@@ -47,17 +46,9 @@ def published(dtype: torch.dtype = torch.float64, **settings: Any) -> nn.Module:
     return model
 
 
-def foreign(model: nn.Module, settings: dict[str, Any]) -> Foreign:
-    return Foreign(Path("model.pt"), model.state_dict(), settings)
-
-
 def converted(model: nn.Module, **settings: Any) -> ReferenceModel:
     """Our model of their state dict and settings."""
-    result = megabyte_pytorch.convert(foreign(model, {**USUAL, **settings}))
-    row = families.find(result.family)
-    ours = row.model(row.parse_config(dict(result.config))).to(torch.float64).eval().requires_grad_(False)
-    ours.load_state_dict(dict(result.tensors))
-    return ours
+    return cases.adopted(megabyte_pytorch.convert(cases.foreign(model, {**USUAL, **settings})))
 
 
 def theirs(model: nn.Module, tokens: Array) -> Array:
@@ -86,7 +77,7 @@ def test_sequences_of_any_length_are_those_of_the_package(length: int) -> None:
 
 def test_settings_follow_from_the_tensors_where_they_can() -> None:
     settings = VARIANTS["three-stages"]
-    config = megabyte_pytorch.convert(foreign(published(**settings), {"dim_head": 4, "heads": 2})).config
+    config = megabyte_pytorch.convert(cases.foreign(published(**settings), {"dim_head": 4, "heads": 2})).config
     assert config == {
         "vocab_size": cases.VOCAB, "dim": [8, 5, 7], "depth": [1, 2, 1], "max_seq_len": [3, 2, 5], "dim_head": 4,
         "heads": 2, "ff_mult": 4, "rel_pos": True, "pos_emb": True,
@@ -96,13 +87,13 @@ def test_settings_follow_from_the_tensors_where_they_can() -> None:
 def test_heads_that_are_not_stored_are_those_of_their_constructor() -> None:
     arguments = {"num_tokens": cases.VOCAB, "dim": 8, "depth": (1, 1), "max_seq_len": (4, 3)}
     model = cases.seeded(package.MEGABYTE(**arguments))
-    config = megabyte_pytorch.convert(foreign(model, {"max_seq_len": (4, 3)})).config
+    config = megabyte_pytorch.convert(cases.foreign(model, {"max_seq_len": (4, 3)})).config
     assert (config["heads"], config["dim_head"]) == (8, 64)
 
 
 def test_no_other_checkpoint_is_taken_for_one() -> None:
-    assert megabyte_pytorch.recognises(foreign(published(), {}))
-    assert not megabyte_pytorch.recognises(foreign(cases.transformer_xl(), {}))
+    assert megabyte_pytorch.recognises(cases.foreign(published(), {}))
+    assert not megabyte_pytorch.recognises(cases.foreign(cases.transformer_xl(), {}))
     assert not megabyte_pytorch.recognises(Foreign(Path("model.pt"), {}, {}))
 
 
@@ -118,17 +109,17 @@ def test_no_other_checkpoint_is_taken_for_one() -> None:
 )
 def test_settings_that_cannot_be_those_of_the_model_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError) as caught:
-        megabyte_pytorch.convert(foreign(published(), {**USUAL, **settings}))
+        megabyte_pytorch.convert(cases.foreign(published(), {**USUAL, **settings}))
     assert str(caught.value) == f"model.pt: {message}; store the settings that the model was built with"
 
 
 def test_the_length_of_the_first_stage_must_be_stored_where_there_are_no_positions() -> None:
     with pytest.raises(CheckpointError, match="the setting 'max_seq_len' cannot be told from the tensors"):
-        megabyte_pytorch.convert(foreign(published(), {"heads": 2, "dim_head": 4}))
+        megabyte_pytorch.convert(cases.foreign(published(), {"heads": 2, "dim_head": 4}))
 
 
 def test_a_tensor_of_another_version_is_named() -> None:
-    given = foreign(published(), USUAL)
+    given = cases.foreign(published(), USUAL)
     tensors = {**given.tensors, "transformers.0.layers.0.0.null_kv": torch.zeros(8)}
     with pytest.raises(CheckpointError, match=r"no place is known for the tensors transformers.0.layers.0.0.null_kv$"):
         megabyte_pytorch.convert(Foreign(given.path, tensors, USUAL))

@@ -17,7 +17,6 @@ from mscompile.conversion import recurrent_memory_pytorch
 from mscompile.conversion.base import Foreign
 from mscompile.conversion.table import SOURCES
 from mscompile.errors import CheckpointError
-from mscompile.models import families
 from mscompile.models.family import ReferenceModel
 from mscompile.pipeline import compile_checkpoint
 from mscompile.runtime import open_bundle
@@ -52,17 +51,9 @@ def published(dtype: torch.dtype = torch.float64, **settings: Any) -> nn.Module:
     return cases.seeded(package.RecurrentMemoryTransformerWrapper(model), dtype)
 
 
-def foreign(model: nn.Module, settings: dict[str, Any]) -> Foreign:
-    return Foreign(Path("model.pt"), model.state_dict(), settings)
-
-
 def converted(model: nn.Module, **settings: Any) -> ReferenceModel:
     """Our model of their state dict and settings."""
-    result = recurrent_memory_pytorch.convert(foreign(model, {**USUAL, **settings}))
-    row = families.find(result.family)
-    ours = row.model(row.parse_config(dict(result.config))).to(torch.float64).eval().requires_grad_(False)
-    ours.load_state_dict(dict(result.tensors))
-    return ours
+    return cases.adopted(recurrent_memory_pytorch.convert(cases.foreign(model, {**USUAL, **settings})))
 
 
 def theirs(model: nn.Module, tokens: Array) -> Array:
@@ -93,7 +84,7 @@ def test_a_stream_hands_on_the_packages_memory() -> None:
 
 def test_the_model_without_its_wrapper_is_the_same() -> None:
     model = published()
-    bare, wrapped = foreign(model.transformer, USUAL), foreign(model, USUAL)  # type: ignore[arg-type]
+    bare, wrapped = cases.foreign(model.transformer, USUAL), cases.foreign(model, USUAL)  # type: ignore[arg-type]
     assert all(name.startswith("transformer.") for name in wrapped.tensors)
     ours, same = (recurrent_memory_pytorch.convert(each) for each in (wrapped, bare))
     assert ours.config == same.config
@@ -102,7 +93,7 @@ def test_the_model_without_its_wrapper_is_the_same() -> None:
 
 
 def test_settings_follow_from_tensors_where_they_can() -> None:
-    config = recurrent_memory_pytorch.convert(foreign(published(rotary_pos_emb=True), {})).config
+    config = recurrent_memory_pytorch.convert(cases.foreign(published(rotary_pos_emb=True), {})).config
     assert config == {
         "vocab_size": 11, "d_model": 8, "n_layer": 3, "num_mem_tokens": 3, "seq_len": 5, "n_head": 2, "d_head": 4,
         "d_ff": 21, "abs_pos_emb": True, "rotary_pos_emb": True, "num_residual_streams": 4,
@@ -111,7 +102,7 @@ def test_settings_follow_from_tensors_where_they_can() -> None:
 
 
 def test_a_segment_length_that_no_tensor_tells_must_be_stored() -> None:
-    given = foreign(published(rotary_pos_emb=True, abs_pos_emb=False), {})
+    given = cases.foreign(published(rotary_pos_emb=True, abs_pos_emb=False), {})
     with pytest.raises(CheckpointError, match="the setting 'seq_len' cannot be told from the tensors"):
         recurrent_memory_pytorch.convert(given)
 
@@ -131,7 +122,7 @@ def test_a_segment_length_that_no_tensor_tells_must_be_stored() -> None:
 )
 def test_what_no_stream_can_do_is_refused_by_name(setting: str, sentence: str) -> None:
     with pytest.raises(CheckpointError) as caught:
-        recurrent_memory_pytorch.convert(foreign(published(), {**USUAL, setting: False}))
+        recurrent_memory_pytorch.convert(cases.foreign(published(), {**USUAL, setting: False}))
     assert str(caught.value) == sentence
 
 
@@ -141,13 +132,13 @@ def test_their_own_forward_fails_where_memory_is_causal() -> None:
 
 
 def test_no_other_checkpoint_is_taken_for_one() -> None:
-    assert recurrent_memory_pytorch.recognises(foreign(published(), {}))
-    assert not recurrent_memory_pytorch.recognises(foreign(cases.transformer_xl(), {}))
+    assert recurrent_memory_pytorch.recognises(cases.foreign(published(), {}))
+    assert not recurrent_memory_pytorch.recognises(cases.foreign(cases.transformer_xl(), {}))
     assert not recurrent_memory_pytorch.recognises(Foreign(Path("model.pt"), {}, {}))
 
 
 def test_a_tensor_of_another_version_is_named() -> None:
-    given = foreign(published(), USUAL)
+    given = cases.foreign(published(), USUAL)
     tensors = {**given.tensors, "transformer.layers.1.0.branch.gamma": torch.zeros(8)}
     with pytest.raises(CheckpointError, match=r"no place is known for the tensors layers.1.0.branch.gamma$"):
         recurrent_memory_pytorch.convert(Foreign(given.path, tensors, USUAL))
