@@ -17,7 +17,7 @@ from mscompile.runtime import Bundle
 from validation import contract
 from validation.evidence import LEAST_ROUNDS, Baseline, LogitChange, Slowdown
 from validation.latency import Workload
-from validation.parity import TOLERANCES
+from validation.parity import tolerance_of
 
 OLDER = "the baseline"
 SAMPLES = 12  # decode steps a round
@@ -51,7 +51,7 @@ def compare(
         )
     skipped = {engine: f"{old.path} was not built for it" for engine in engines if engine not in shared}
     same = new.manifest.source["sha256"] == old.manifest.source["sha256"]
-    limit = sum(TOLERANCES[one.manifest.precision].logit_max_abs for one in (new, old)) if same else None
+    limit = sum(tolerance_of(one.manifest.precision).logit_max_abs for one in (new, old)) if same else None
     replayed = []
     for rollout in old.golden.rollouts:
         if reason := _cannot_replay(new.spec, old.spec, rollout):

@@ -127,7 +127,7 @@ class Search:
     def __init__(self, bundle: Bundle, engine: str, exported: Exported, progress: Progress = lambda *_: None) -> None:
         self.bundle, self.engine, self.exported, self.progress = bundle, engine, exported, progress
         self.precision = bundle.manifest.precision
-        self.tolerance = parity.TOLERANCES[self.precision]
+        self.tolerance = parity.tolerance_of(self.precision)
         self.differences = contract.differences(bundle.spec, exported.spec)
         relative = self.tolerance.state_relative
         self.limit = relative if np.isfinite(relative) else self.tolerance.max_norm_ratio_error

@@ -12,7 +12,7 @@ from mscompile.baseline import compare
 from mscompile.runtime import Bundle, open_bundle
 from validation import rollouts, thresholds
 from validation.evidence import Subject, Validation
-from validation.parity import TOLERANCES, ParityReport
+from validation.parity import ParityReport, tolerance_of
 from validation.thresholds import Limits, Thresholds
 
 Progress = Callable[[str, int, int], None]
@@ -168,7 +168,7 @@ def rolled_out_alone(opened: Bundle, engine: str, original: Original | None, pro
         return isolation.call(_reopened_and_rolled_out, opened.path, engine, original, progress=progress)
     except isolation.ProcessEnded as ended:
         precision = opened.manifest.precision
-        return ParityReport(engine, precision, TOLERANCES[precision], (), (str(ended),))
+        return ParityReport(engine, precision, tolerance_of(precision), (), (str(ended),))
 
 
 def _reopened_and_rolled_out(path: Path, engine: str, original: Original | None, progress: Progress) -> ParityReport:

@@ -492,6 +492,17 @@ def test_settings_of_a_wrong_type_are_refused_by_name(family: str, setting: str,
         families.find(family).parse_config(usual | {setting: value})
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "bits"),
+    [("clamp_len", 2**31, 32), ("mem_len", -(10**5000), 16610), ("cutoffs", [3, 2**80], 81)],
+    ids=["clamp_len", "mem_len", "cutoffs"],
+)
+def test_numbers_beyond_all_sizes_are_refused_by_name(setting: str, value: Any, bits: int) -> None:
+    with pytest.raises(ConfigError) as caught:
+        families.find("transformer-xl").parse_config(_xl()[1] | {setting: value})
+    assert str(caught.value) == f"{setting} must be at most 2^31 - 1, not a number of {bits} bits"
+
+
 def test_a_hierarchy_reads_as_its_descending_half() -> None:
     assert parse_hierarchy("2@1 8@3 2@1") == (Scale(2, 1), Scale(8, 3))
     assert parse_hierarchy("2@1 1@2 4@4 1@2 2@1") == (Scale(2, 1), Scale(1, 2), Scale(4, 4))

@@ -274,3 +274,41 @@ def test_a_length_that_the_trace_has_frozen_is_refused_with_what_to_change(tmp_p
     assert not (tmp_path / "weights.msc").exists()
     done = CliRunner().invoke(cli.app, [*command, str(tmp_path / "single.py"), "--target", "onnx"])
     assert done.exit_code == 0, repr(done.exception)
+
+
+WINDOW = """
+import torch
+from mscompile import Adapter, state
+
+class Window(torch.nn.Module):
+    '''Attends to the six rows before a token, to the zeros before the stream, too.'''
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(28, 8)
+        self.query, self.key, self.value = (torch.nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, tokens, mems):
+        h = self.embedding(tokens)
+        rows = torch.cat([mems, h], dim=1)
+        ages = torch.arange(h.shape[1])[:, None] + 6 - torch.arange(rows.shape[1])
+        scores = self.query(h) @ self.key(rows).transpose(1, 2)
+        weights = scores.masked_fill((ages < 0) | (ages > 6), float("-inf")).softmax(-1)
+        return (h + weights @ self.value(rows)) @ self.embedding.weight.T, rows[:, -6:]
+
+def build(weights):
+    torch.manual_seed(0)
+    return Adapter(Window(), states=[state("mems", 6, 8)])
+"""
+
+
+@pytest.mark.slow
+def test_memory_whose_zeros_are_attended_to_becomes_rings_that_say_so(tmp_path: Path) -> None:
+    (weights := tmp_path / "window.pt").touch()
+    (tmp_path / "window.py").write_text(WINDOW, encoding="utf-8")
+    command = ["export", "--model", str(weights), "--adapter", str(tmp_path / "window.py"), "--steps", "64"]
+    done = CliRunner().invoke(cli.app, command)
+    assert done.exit_code == 0, repr(done.exception)
+    states = open_bundle(tmp_path / "window.msc").spec.states
+    found = {each.name: (each.update, each.reads_initial) for each in states}
+    assert found == {"mems.key": ("append", True), "mems.value": ("append", True)}

@@ -14,7 +14,7 @@ import torch
 
 from engines.torch_eager import original
 from mscompile.contracts import Array, Session, Snapshot
-from mscompile.errors import GateFailed
+from mscompile.errors import BundleError, GateFailed
 from mscompile.golden import Rollout as Stored
 from validation import parity, rollouts
 from validation.parity import ParityReport
@@ -280,3 +280,8 @@ def test_bits_are_told_of_real_text_only() -> None:
     score = -parity.log_softmax(wanted)[0, np.arange(47), chosen[0].tokens[0, 1:]].mean() / np.log(2)
     assert logits.reference_bits == pytest.approx(score)
     assert logits.engine_bits == pytest.approx(logits.reference_bits, abs=1e-5)
+
+
+def test_a_precision_that_has_no_limits_is_refused() -> None:
+    with pytest.raises(BundleError, match=r"the manifest says precision 'fp13'; known: fp32, fp16, bf16, int8"):
+        parity.check_golden("ort", "fp13", cases.build(cases.transformer_xl()).spec, cases.eager_session, ())

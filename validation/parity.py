@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mscompile.contracts import Array, Session, StateSpec, StreamSpec
-from mscompile.errors import GateFailed
+from mscompile.errors import BundleError, GateFailed
 from validation import invariants
 from validation.invariants import Check
 from validation.perplexity import Perplexity, perplexity
@@ -71,6 +71,13 @@ TOLERANCES: Mapping[str, Tolerance] = {
     # One scale for all activations of a call, whose largest decides how fine the others are.
     "int8-dynamic": Tolerance(4.0, 1.0, 1e-3, 0.9, 0.01, inf, 0.01, 0.12, 0.01),
 }
+
+
+def tolerance_of(precision: str) -> Tolerance:
+    """What a bundle of this precision is held to; BundleError for one that is not known."""
+    if precision not in TOLERANCES:
+        raise BundleError(f"the manifest says precision {precision!r}; known: {', '.join(TOLERANCES)}")
+    return TOLERANCES[precision]
 
 
 @dataclass(frozen=True)
@@ -272,7 +279,7 @@ def check(
 
     `reference` gives the original's logits of whole streams, `states` sessions of the stream program.
     """
-    tolerance = TOLERANCES[precision]
+    tolerance = tolerance_of(precision)
     tensors: list[TensorParity] = []
     failures: list[str] = []
     texts: list[tuple[tuple[int, ...], Array, Array]] = []
@@ -297,7 +304,7 @@ def check(
 
 
 def _invariants(spec: StreamSpec, new_session: NewSession, tokens: Array, precision: str) -> tuple[Check, ...]:
-    allowed = TOLERANCES[precision].logit_outlier_above
+    allowed = tolerance_of(precision).logit_outlier_above
     return invariants.check(spec, new_session, tokens, allowed, precision in COUPLED)
 
 
@@ -546,7 +553,7 @@ def check_golden(
     engine: str, precision: str, spec: StreamSpec, new_session: NewSession, golden: Sequence[StoredRollout]
 ) -> ParityReport:
     """Replay stored rollouts, and check sessions on their tokens. Needs neither the reference model nor torch."""
-    tolerance, times = TOLERANCES[precision], _Times(spec)
+    tolerance, times = tolerance_of(precision), _Times(spec)
     tensors: list[TensorParity] = []
     failures: list[str] = []
     for stored in golden:

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from mscompile.errors import UsageError
-from validation.parity import TOLERANCES, ParityReport, Tolerance, faults, perplexity_faults
+from validation.parity import TOLERANCES, ParityReport, Tolerance, faults, perplexity_faults, tolerance_of
 
 PIN, STATE, OVERRIDE, PATTERN, PRECISION = "checkpoint_sha256", "state", "override", "name", "precision"
 COUNTED = "logit_outlier_above"
@@ -77,7 +77,7 @@ class Limits:
 
 def defaults(precision: str) -> Limits:
     """The limits where no file gives any."""
-    return Limits(TOLERANCES[precision], {})
+    return Limits(tolerance_of(precision), {})
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Thresholds:
 
         Raises UsageError for a limit looser than the default without a reason, and for a pattern without a match.
         """
-        default, overrides = TOLERANCES[precision], []
+        default, overrides = tolerance_of(precision), []
         tolerance = default
         for table in self.tables:
             if table.precision == precision:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from mscompile.contracts import HostInput, Sources
 from mscompile.errors import ConfigError
 
+LARGEST = 2**31 - 1  # of a setting that is a whole number
+
 
 class ReferenceModel(nn.Module):
     """A trained model as published. `full` is what every stream must equal."""
@@ -63,6 +65,10 @@ class Family:
         known = {field.name for field in fields(self.config)}
         if unknown := sorted(str(name) for name in values if name not in known):
             raise ConfigError(f"{self.name} has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+        for name, value in values.items():
+            for number in value if isinstance(value, list | tuple) else (value,):
+                if isinstance(number, int) and abs(number) > LARGEST:
+                    raise ConfigError(f"{name} must be at most 2^31 - 1, not a number of {number.bit_length()} bits")
         try:
             return self.config(**values)
         except TypeError as error:
