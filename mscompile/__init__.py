@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from mscompile.runtime import open_bundle as open_bundle
 
 __version__ = "0.1.0"
+
+# From 1.29 on, ONNX Runtime tells Microsoft about models and the machine, unless it is imported with this set.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _PUBLIC = {
     "Adapter": "mscompile.models.own",

@@ -209,23 +209,25 @@ def _manifest_fault(manifest: Manifest) -> str | None:
 
 
 @dataclass(frozen=True)
-class _Stage:
+class Stage:
+    """How many nodes the graphs had after a stage of the export."""
+
     after: str
-    graphs: dict[str, int]  # nodes
+    graphs: dict[str, int]
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """What is read of the facts about the checkpoint, which are free otherwise."""
 
     sha256: str
     parameters: int | None = None
-    nodes: tuple[_Stage, ...] = ()
+    nodes: tuple[Stage, ...] = ()
 
 
 def _source_fault(source: dict[str, Any]) -> str | None:
     try:
-        codec.decode(_Source, {key: source[key] for key in _Source.__dataclass_fields__ if key in source}, "source")
+        codec.decode(Source, {key: source[key] for key in Source.__dataclass_fields__ if key in source}, "source")
     except ValueError as error:
         return str(error)
     return None
@@ -254,7 +256,7 @@ def _path_fault(name: str) -> str | None:
 def _one_file_elsewhere(names: Iterable[str]) -> tuple[str, str] | None:
     """Two names that differ only in case, or in how their characters are composed."""
     known: dict[str, str] = {}
-    for name in names:
+    for name in sorted(names):
         other = known.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
         if other != name:
             return other, name

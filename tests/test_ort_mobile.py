@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,18 @@ def test_operators_are_listed_with_their_types(mobile: Path) -> None:
     listed = {line.split(";")[0] for line in lines}
     assert "ai.onnx" in listed <= {"ai.onnx", "com.microsoft"}
     assert any('MatMul{"inputs": {"0": ["float"]}}' in line for line in lines)
+
+
+def test_a_disk_without_room_for_a_graph_is_said_so(bundle_of: Path, tmp_path: Path) -> None:
+    """The room is that of a file: a process may not write more to one than a limit of its own."""
+    cli = "import resource, signal; from mscompile.cli import main; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    cli += "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); main()"
+    out = tmp_path / "mobile"
+    line = [sys.executable, "-c", cli, "package", str(bundle_of), "--format", "ort-mobile", "--out", str(out)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines() == [f"error: cannot write {out}: Input/output error; choose another place"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_graphs_of_another_model_are_not_let_through(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -153,6 +154,15 @@ def test_impossible_temperatures(temperature: float) -> None:
     session: Any = Fixed([0.0, 1.0])
     with pytest.raises(InputError, match="temperature must be 0"):
         next(runtime.generate(session, [0], 1, temperature))
+
+
+@pytest.mark.parametrize(("told", "writes"), [({}, False), ({"ORT_DISABLE_TELEMETRY": "0"}, True)])
+def test_onnxruntime_reports_nothing_unless_told_to(told: dict[str, str], writes: bool, tmp_path: Path) -> None:
+    """Where it reports, it first writes an id of the device below the home directory."""
+    environment = {"PATH": os.defpath, "HOME": str(tmp_path), "PYTHONPATH": os.environ.get("PYTHONPATH", ""), **told}
+    line = [sys.executable, "-c", "import mscompile, onnxruntime"]
+    subprocess.run(line, env=environment, check=True, timeout=120)
+    assert bool(list(tmp_path.rglob("deviceid"))) == writes
 
 
 def test_public_names_are_the_documented_ones() -> None:

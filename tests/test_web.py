@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from damage import DAMAGE, touched
 from replays import Replay, mixed
 
 from mscompile import checkpoint
@@ -172,78 +173,14 @@ def test_the_example_of_the_documentation_runs(compiled: Path, modules: Path, tm
 # ---- Bad input ---------------------------------------------------------------------------------------------
 
 
-def edited(**values: object) -> Callable[[Path], None]:
-    def change(path: Path) -> None:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        (path / "manifest.json").write_text(json.dumps(manifest | values), encoding="utf-8")
-
-    return change
-
-
-def in_spec(change: Callable[[Any], object]) -> Callable[[Path], None]:
-    def edit(path: Path) -> None:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        change(manifest["spec"])
-        (path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-
-    return edit
-
-
-def listed_twice(path: Path) -> None:
-    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    manifest["files"]["GOLDEN.npz"] = manifest["files"]["golden.npz"]
-    (path / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-
-
-def touched(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
-DAMAGE: dict[str, Callable[[Path], Any]] = {
-    "absent": shutil.rmtree,
-    "a file": lambda path: (shutil.rmtree(path), path.write_text("")),
-    "no manifest": lambda path: (path / "manifest.json").unlink(),
-    "newer schema": edited(schema=2),
-    "no schema": edited(schema="1"),
-    "unknown key": edited(colour="green"),
-    "wrong type": edited(verified=1),
-    "wrong list": edited(rules={"a": [1, 2.5, None, True, "x" * 50, {"b": []}]}),
-    "verified, unchecked": edited(verified=True, parity=None),
-    "odd name": edited(name="a/b"),
-    "missing key": in_spec(lambda spec: spec.pop("vocab_size")),
-    "word in a list": in_spec(lambda spec: spec["states"][0].update(initial=[0.5, "zero"])),
-    "initial of another size": in_spec(lambda spec: spec["states"][0].update(initial=[0.0])),
-    "unknown update": in_spec(lambda spec: spec["states"][0].update(update="add")),
-    "unknown dtype": in_spec(lambda spec: spec["states"][0].update(dtype="float128")),
-    "state without batch": in_spec(lambda spec: spec["states"][0].update(shape=[1, 2, 3, 4])),
-    "two batches": in_spec(lambda spec: spec["states"][0].update(shape=["batch", "batch", 3, 4])),
-    "odd dimension": in_spec(lambda spec: spec["graphs"][0]["inputs"][0].update(shape=["batch", "chunk/0"])),
-    "tokens of another shape": in_spec(lambda spec: spec["graphs"][0]["inputs"][0].update(shape=["batch", 2])),
-    "two states of a name": in_spec(lambda spec: spec["states"].append(spec["states"][0])),
-    "unknown graph": in_spec(lambda spec: spec["schedule"]["ticks"][0]["graphs"].append("none")),
-    "unknown state": in_spec(lambda spec: spec["graphs"][0]["reads"].append("none")),
-    "no ticks": in_spec(lambda spec: spec["schedule"].update(ticks=[])),
-    "chunks": in_spec(lambda spec: spec["schedule"].update(chunk_multiple=600)),
-    "vocabulary of none": in_spec(lambda spec: spec.update(vocab_size=0)),
-    "huge vocabulary": in_spec(lambda spec: spec.update(vocab_size=2**30)),
-    "huge dimension": in_spec(lambda spec: spec["states"][0]["shape"].__setitem__(1, 2**40)),
-    "huge state": in_spec(lambda spec: spec["states"][0].update(shape=["batch", 2**30, 2**30, 4])),
-    "many dimensions": in_spec(lambda spec: spec["states"][0].update(shape=["batch"] + [1] * 40)),
-    "endless period": in_spec(lambda spec: spec["schedule"]["ticks"][0].update(repeat=2**40)),
-    "deep": edited(source={"a": functools.reduce(lambda inner, _: [inner], range(80), 0)}),
-    "names by case": listed_twice,
-    "file absent": lambda path: (path / "golden.npz").unlink(),
-    "file added": lambda path: (path / "notes.txt").write_text("notes"),
-    "file cut": lambda path: (path / "golden.npz").write_bytes(b"cut"),
-    "file changed": lambda path: touched(path / "golden.npz"),
-    "link": lambda path: (path / "link").symlink_to("golden.npz"),
-}
+NOT_SEEN = (
+    *("repeated key", "a number too large", "integer initial"),  # JSON.parse does not tell
+    *("engine absent", "other engine", "engine.json not JSON"),  # a page runs the graphs themselves
+)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("damage", [name for name in DAMAGE if name not in NOT_SEEN])
 def test_damaged_bundles_are_refused_as_in_python(damage: str, compiled: Path, modules: Path, tmp_path: Path) -> None:
     path = shutil.copytree(compiled, tmp_path / "damaged.msc")
     DAMAGE[damage](path)

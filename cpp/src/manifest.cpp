@@ -55,7 +55,8 @@ std::vector<double> initial(const Place& place) {
 }
 
 StateSpec state(const Place& place) {
-    place.check_keys("StateSpec", {"name", "dtype", "shape"}, {"update", "time_axis", "batch_axis", "initial", "reads_initial"});
+    place.check_keys("StateSpec", {"name", "dtype", "shape"},
+                     {"update", "time_axis", "batch_axis", "initial", "reads_initial"});
     StateSpec found;
     found.name = place["name"].text();
     found.dtype = place["dtype"].text();
@@ -185,24 +186,59 @@ bool are_numerics(const Json& value) {
            });
 }
 
-std::optional<std::string> record_fault(const Json& data) {
-    const auto& source = data["source"];
-    if (!source.contains("sha256") || !source["sha256"].is_string())
-        return "its source has no sha256 of the checkpoint";
-    for (const auto& [name, facts] : data["engines"].items())
+std::optional<std::string> numerics_fault(const Json& engines) {
+    for (const auto& [name, facts] : engines.items())
         if (facts.contains("numerics") && !are_numerics(facts["numerics"]))
             return "engine " + in_quotes(name) + " has numerics that are no products by graph";
     return std::nullopt;
 }
 
+/// How many nodes the graphs had after a stage of the export.
+void check_stage(const Place& place) {
+    place.check_keys("Stage", {"after", "graphs"});
+    static_cast<void>(place["after"].text());
+    for (const auto& [name, nodes] : place["graphs"].entries()) static_cast<void>(nodes.integer());
+}
+
+/// What is read of the facts about the checkpoint, which are free otherwise.
+std::optional<std::string> source_fault(const Place& place) {
+    try {
+        if (!place.has("sha256")) return "source: missing key 'sha256'";
+        static_cast<void>(place["sha256"].text());
+        if (place.has("parameters")) static_cast<void>(optional_integer(place["parameters"]));
+        if (place.has("nodes"))
+            for (const auto& stage : place["nodes"].items()) check_stage(stage);
+    } catch (const Misfit& error) {
+        return error.what();
+    }
+    return std::nullopt;
+}
+
+/// Names that differ only in the case of letters of ASCII; other letters are left to the systems that mix them up.
+std::optional<std::string> same_file_fault(const std::map<std::string, FileEntry>& files) {
+    std::map<std::string, std::string> known;
+    for (const auto& [name, entry] : files) {
+        auto key = name;
+        std::transform(key.begin(), key.end(), key.begin(),
+                       [](char letter) { return 'A' <= letter && letter <= 'Z' ? char(letter - 'A' + 'a') : letter; });
+        const auto [other, is_new] = known.emplace(key, name);
+        if (!is_new)
+            return "files " + in_quotes(other->second) + " and " + in_quotes(name) +
+                   " are one file on systems that do not tell their names apart";
+    }
+    return std::nullopt;
+}
+
 std::optional<std::string> manifest_fault(const Manifest& manifest, const Json& data) {
     if (auto fault = name_fault("bundle", manifest.name)) return fault;
+    if (auto fault = numerics_fault(data["engines"])) return fault;
     for (const auto& engine : manifest.engines)
         if (auto fault = name_fault("engine", engine)) return fault;
-    if (auto fault = record_fault(data)) return fault;
+    if (auto fault = source_fault({data["source"], "source"})) return fault;
     if (manifest.verified && data["parity"].is_null()) return "it says that it was verified and has no parity report";
     for (const auto& [name, entry] : manifest.files)
         if (auto fault = path_fault(name)) return "file " + in_quotes(name) + " is listed, " + *fault;
+    if (auto fault = same_file_fault(manifest.files)) return fault;
     if (auto fault = spec_fault(manifest.spec)) return fault;
     for (const auto& graph : manifest.spec.graphs) {
         const auto file = "graphs/" + graph.name + ".onnx";

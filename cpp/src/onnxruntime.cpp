@@ -3,6 +3,7 @@
 #include <sys/utsname.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <map>
@@ -58,6 +59,8 @@ void check(const OrtApi& api, OrtStatus* status, const std::string& what) {
 }
 
 Library load_library(const std::string& path) {
+    // From 1.29 on, the library tells Microsoft about models and the machine, unless it starts with this set.
+    setenv("ORT_DISABLE_TELEMETRY", "1", 0);
     const SharedLibrary library(path, search());
     const auto* base = library.function<const OrtApiBase*()>("OrtGetApiBase")();
     const auto* api = base->GetApi(kApiVersion);

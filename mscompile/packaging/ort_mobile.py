@@ -7,11 +7,13 @@
     sizes.json                             of every file and of the states, and the hashes of the .ort files
 
 The format keeps every graph with all its weights: what graphs share is in each file that uses it, and ONNX Runtime
-writes no external weights in it (tried with 1.31.1: the option for them is without effect).
+writes no external weights in it (tried with 1.31.1: the option for them is without effect), nor the same bytes twice:
+the parts of a file come in another order each time.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -111,7 +113,12 @@ def _write_graphs(bundle: Bundle, folder: Path) -> dict[str, Path]:
         options.optimized_model_filepath = str(written[graph.name])
         options.add_session_config_entry("session.save_model_format", "ORT")
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graphs))
-        _inference(ort.source(graphs, built, graph.name), options)
+        try:
+            _inference(ort.source(graphs, built, graph.name), options)
+        except EngineError as error:
+            if "Failed to save" not in str(error):
+                raise
+            raise OSError(errno.EIO, f"ONNX Runtime could not save {graph.name}.ort") from error
     return written
 
 

@@ -36,6 +36,7 @@ export function manifestFault(manifest) {
  */
 function* faultsOf(manifest) {
     yield* nameFaults("bundle", [manifest.name]);
+    yield* numericsFaults(manifest.engines);
     yield* nameFaults("engine", Object.keys(manifest.engines));
     if (manifest.verified && manifest.parity === null) yield "it says that it was verified and has no parity report";
     for (const name of Object.keys(manifest.files)) {
@@ -47,6 +48,21 @@ function* faultsOf(manifest) {
     for (const { name } of manifest.spec.graphs) {
         const file = `graphs/${name}.onnx`;
         if (!(file in manifest.files)) yield `file ${quoted(file)} of a graph is not listed`;
+    }
+}
+
+/**
+ * `numerics` are the number of `products` by type for each graph.
+ * @param {Record<string, any>} engines
+ * @returns {Faults}
+ */
+function* numericsFaults(engines) {
+    const isObject = (/** @type {any} */ value) =>
+        typeof value === "object" && value !== null && !Array.isArray(value);
+    for (const [name, { numerics = {} }] of Object.entries(engines)) {
+        if (!isObject(numerics) || !Object.values(numerics).every((row) => isObject(row) && isObject(row.products))) {
+            yield `engine ${quoted(name)} has numerics that are no products by graph`;
+        }
     }
 }
 
@@ -68,7 +84,7 @@ function pathFault(name) {
 function* sameFileFaults(names) {
     /** @type {Map<string, string>} */
     const known = new Map();
-    for (const name of names) {
+    for (const name of [...names].sort()) {
         const key = name.normalize("NFC").toUpperCase().toLowerCase();
         const other = known.get(key);
         if (other !== undefined) {

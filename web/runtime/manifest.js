@@ -232,6 +232,13 @@ const manifest = record("Manifest", {
     spec,
     files: optional(mapping(file), {}),
 });
+// What is read of the facts about the checkpoint, which are free otherwise.
+const stage = record("Stage", { after: text, graphs: mapping(integer) });
+const source = record("Source", {
+    sha256: text,
+    parameters: optional(nullable(integer), null),
+    nodes: optional(list(stage), []),
+});
 const tokenizer = record("Tokenizer", { kind: oneOf("char"), tokens: list(text) });
 
 /**
@@ -262,12 +269,26 @@ export function parseManifest(content, bundle) {
         checkSchema(data, bundle, path);
         stage = `does not follow schema ${SCHEMA}`;
         const found = manifest.read(data, "manifest");
-        const fault = manifestFault(found);
+        const fault = sourceFault(found.source) ?? manifestFault(found);
         if (fault !== null) throw new MsCompileError("bundle", `${path} contradicts itself: ${fault}; ${AGAIN}`);
         return found;
     } catch (error) {
         if (error instanceof MsCompileError) throw error;
         throw new MsCompileError("bundle", `${path} ${stage}: ${/** @type {Error} */ (error).message}; ${AGAIN}`);
+    }
+}
+
+/**
+ * @param {Record<string, any>} given
+ * @returns {string | null}
+ */
+function sourceFault(given) {
+    const read = ["sha256", "parameters", "nodes"].filter((key) => key in given);
+    try {
+        source.read(Object.fromEntries(read.map((key) => [key, given[key]])), "source");
+        return null;
+    } catch (error) {
+        return /** @type {Error} */ (error).message;
     }
 }
 
