@@ -11,6 +11,7 @@
  * @property {number | null} time_axis
  * @property {number} batch_axis
  * @property {number | number[]} initial
+ * @property {boolean} reads_initial
  * @typedef {object} GraphSpec
  * @property {string} name
  * @property {TensorSpec[]} inputs
