@@ -6,19 +6,18 @@ cannot be built or run on this machine.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shlex
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mscompile import terminal
 from mscompile.atomic import write_text
 from mscompile.errors import MsCompileError, UsageError
 
@@ -97,19 +96,19 @@ def export(
     decided = Options(
         family, precision, Profile(least, most, max_chunk), context, tokens, steps, validate, force, memory, adapter
     )
-    with _progress() as progress:
+    with terminal.progress() as progress:
         bundle = compile_checkpoint(model, _words(target), out, decided, progress)
     if as_json:
-        _print_json({"bundle": str(bundle.path), "manifest": codec.encode(bundle.manifest)})
+        terminal.show_json({"bundle": str(bundle.path), "manifest": codec.encode(bundle.manifest)})
         return
     from validation import render
 
     if verbose:
         hits = {"rules": bundle.manifest.rules, "passes": bundle.manifest.passes}
         for table in render.hit_tables({name: codec.encode(found) for name, found in hits.items()}):
-            _print(table)
+            terminal.show(table)
     for report in _reports(bundle):
-        _print(render.parity_table(report))
+        terminal.show(render.parity_table(report))
     for engine, facts in bundle.manifest.engines.items():
         built_only = "" if engine in (bundle.manifest.parity or {}) else "; built, not run here"
         typer.echo(f"{engine}: {facts.get('runtime', engine)} {facts.get('version', '')}{built_only}")
@@ -157,18 +156,18 @@ def validate(
     release = _release(baseline, max_slowdown=max_slowdown, rounds=rounds)
     opened = open_bundle(bundle, unfinished=unfinished)
     original = gate.Original(reference, family, adapter, tokens, steps) if reference else None
-    with _progress() as progress:
+    with terminal.progress() as progress:
         found = gate.validate(
             opened, engine or [], original, thresholds, release, progress, isolated=not unfinished, command=_command()
         )
     _write_evidence(found, junit, markdown, html)
     if as_json:
-        _print_json({"passed": found.passed, "failures": found.failures, **codec.encode(found)})
+        terminal.show_json({"passed": found.passed, "failures": found.failures, **codec.encode(found)})
     else:
         from validation import render
 
         for report in found.reports:
-            _print(render.parity_table(report))
+            terminal.show(render.parity_table(report))
         for line in render.evidence_lines(found):
             typer.echo(line)
     found.raise_if_failed()
@@ -191,15 +190,15 @@ def bisect(
     from mscompile.errors import GateFailed
     from mscompile.runtime import open_bundle
 
-    with _progress() as progress:
+    with terminal.progress() as progress:
         found = search.bisect(open_bundle(bundle), engine, reference, family, tokens, steps, progress, adapter)
     if as_json:
-        _print_json(codec.encode(found))
+        terminal.show_json(codec.encode(found))
     else:
         from validation import render
 
         for title, rows in found.tables().items():
-            _print(render.fields_table(title, rows))
+            terminal.show(render.fields_table(title, rows))
     if not found.passed:
         raise GateFailed(found.verdict)
     typer.echo(found.verdict, err=as_json)
@@ -235,7 +234,7 @@ def bench(
     workloads = workload or ["decode", "prefill:128"]
     rivals = None if against is None else peers.words(against)
     ceilings = html is not None or against is not None
-    with _progress() as progress:
+    with terminal.progress() as progress:
         report = benchmark.run(
             bundle, engine or [], workloads, reference, rounds, samples, batch, progress, rivals, ceilings, adapter
         )
@@ -244,12 +243,12 @@ def bench(
 
         write_text(html, bench_page(codec.encode(report)))
     if as_json:
-        _print_json(codec.encode(report))
+        terminal.show_json(codec.encode(report))
         return
     from validation import render
 
     processor = f"{report.machine['processor']}, {report.machine['cores']} cores"
-    _print(render.latency_table(report.latencies, f"latency of {report.bundle}, batch {batch}, {processor}"))
+    terminal.show(render.latency_table(report.latencies, f"latency of {report.bundle}, batch {batch}, {processor}"))
     for line in render.gain_lines(report.latencies, report.schedule_gains):
         typer.echo(line)
     for line in render.ratio_lines(report.speedups, report.ceilings):
@@ -289,9 +288,9 @@ def sweep(
     if html is not None:
         write_text(html, report.page(outcome))
     if as_json:
-        _print_json(outcome.to_json())
+        terminal.show_json(outcome.to_json())
     else:
-        _print(report.table(outcome))
+        terminal.show(report.table(outcome))
     outcome.raise_if_failed()
 
 
@@ -342,25 +341,17 @@ def _encoded(opened: Bundle, text: str) -> list[int]:
 
 def _print_ids(begin: list[int], stream: Iterator[int], as_json: bool) -> None:
     if as_json:
-        _print_json({"prompt": begin, "ids": list(stream)})
+        terminal.show_json({"prompt": begin, "ids": list(stream)})
     else:
-        _print_pieces(",".join(map(str, begin)), (f",{token}" for token in stream))
+        terminal.show_pieces(",".join(map(str, begin)), (f",{token}" for token in stream))
 
 
 def _print_text(tokenizer: Tokenizer, begin: list[int], stream: Iterator[int], as_json: bool) -> None:
     prompt = tokenizer.decode(begin)
     if as_json:
-        _print_json({"prompt": prompt, "text": tokenizer.decode(list(stream))})
+        terminal.show_json({"prompt": prompt, "text": tokenizer.decode(list(stream))})
     else:
-        _print_pieces(prompt, (tokenizer.decode([token]) for token in stream))
-
-
-def _print_pieces(begin: str, pieces: Iterator[str]) -> None:
-    """As they come; nothing where the first does not come."""
-    typer.echo(begin + next(pieces), nl=False)
-    for piece in pieces:
-        typer.echo(piece, nl=False)
-    typer.echo()
+        terminal.show_pieces(prompt, (tokenizer.decode([token]) for token in stream))
 
 
 @app.command()
@@ -376,7 +367,7 @@ def package(
 
     written = formats.package(bundle, form, out, force)
     if as_json:
-        _print_json({"project": str(written), "format": form})
+        terminal.show_json({"project": str(written), "format": form})
         return
     typer.echo(f"{written}: {formats.FORMATS[form].title}; see {written / 'README.md'}")
 
@@ -393,12 +384,12 @@ def inspect(
 
     facts = inspection.inspect(path, context, adapter)
     if as_json:
-        _print_json(facts)
+        terminal.show_json(facts)
         return
     from validation import render
 
     for table in render.inspection_tables(str(path), facts):
-        _print(table)
+        terminal.show(table)
 
 
 @app.command()
@@ -408,16 +399,16 @@ def doctor(as_json: AsJson = False) -> None:
 
     facts = examine()
     if as_json:
-        _print_json(facts)
+        terminal.show_json(facts)
         return
     from validation import render
 
     packages = {name: found or "not installed" for name, found in facts["packages"].items()}
-    _print(
+    terminal.show(
         render.fields_table("machine", {"python": facts["python"], "CUDA devices": facts["cuda_devices"], **packages})
     )
     rows = [(name, engine["build"], engine["run"]) for name, engine in facts["engines"].items()]
-    _print(render.rows_table("engines", ("engine", "can build", "can run"), rows))
+    terminal.show(render.rows_table("engines", ("engine", "can build", "can run"), rows))
     for problem in facts["problems"]:
         typer.echo(f"problem: {problem}")
 
@@ -445,11 +436,11 @@ def rules(as_json: AsJson = False) -> None:
 
 def _list(title: str, rows: Sequence[dict[str, str]], as_json: bool) -> None:
     if as_json:
-        _print_json(rows)
+        terminal.show_json(rows)
         return
     from validation import render
 
-    _print(render.rows_table(title, list(rows[0]), [list(row.values()) for row in rows]))
+    terminal.show(render.rows_table(title, list(rows[0]), [list(row.values()) for row in rows]))
 
 
 def _words(text: str) -> list[str]:
@@ -510,33 +501,6 @@ def _reports(bundle: Bundle) -> list[ParityReport]:
     from validation.parity import ParityReport
 
     return [codec.decode(ParityReport, report) for report in (bundle.manifest.parity or {}).values()]
-
-
-def _print(renderable: Any) -> None:
-    from rich.console import Console
-
-    Console(width=None if sys.stdout.isatty() else 120).print(renderable)
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, sort_keys=False))
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on stderr where that is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("starting", total=None)
-
-        def update(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
-
-        yield update
 
 
 def main() -> None:

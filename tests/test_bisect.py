@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from copy import copy as duplicate
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,10 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
 import faults  # noqa: E402
+import faulty_sessions  # noqa: E402
 import mutation  # noqa: E402
-from faults import Copy, Fault, planted  # noqa: E402
+from bundle_copies import Copy  # noqa: E402
+from faults import Fault, planted  # noqa: E402
 
 from engines import trt_rtx  # noqa: E402
 from exporters import cut, origin  # noqa: E402
@@ -141,7 +143,7 @@ def test_two_contracts_differ_where_they_do() -> None:
     spec = cases.build(cases.model("attention+attention")).spec
     assert contract.differences(spec, spec) == ()
     ticks = (*spec.schedule.ticks[1:], spec.schedule.ticks[0])
-    copy = faults.replace(spec, schedule=faults.replace(spec.schedule, ticks=ticks), vocab_size=9)
+    copy = replace(spec, schedule=replace(spec.schedule, ticks=ticks), vocab_size=9)
     told = contract.differences(copy, spec)
     assert "vocab_size is 9, the export says 11" in told
     assert "schedule.ticks.0.graphs is ['decode_1'], the export says ['decode_3']" in told
@@ -272,10 +274,10 @@ def test_a_fault_in_the_engines_own_graph_is_found_there(one: Subject, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("alter", "cause"), [(faults.StaleBuffer, "stale state"), (faults.RollsTooFar, "off by one row")]
+    ("alter", "cause"), [(faulty_sessions.StaleBuffer, "stale state"), (faulty_sessions.RollsTooFar, "off by one row")]
 )
 def test_a_session_that_keeps_states_wrongly_is_not_taken_for_a_wrong_graph(
-    alter: type[faults.Altered], cause: str, one: Subject
+    alter: type[faulty_sessions.Altered], cause: str, one: Subject
 ) -> None:
     found = one.search(one.bundle, alter)
     assert found.step is not None
@@ -284,7 +286,7 @@ def test_a_session_that_keeps_states_wrongly_is_not_taken_for_a_wrong_graph(
     assert cause in {suspect.cause for suspect in found.suspects}
 
 
-class Tf32(faults.Altered):
+class Tf32(faulty_sessions.Altered):
     """What a device in TF32 does to a product: 10 bits of mantissa stay."""
 
     def step(self, tokens: Any) -> Array:
@@ -323,7 +325,7 @@ def test_a_graph_that_is_wrong_for_some_shapes_only(
 
 
 def test_a_fault_of_the_contract_is_told_from_one_of_the_graphs(one: Subject, tmp_path: Path) -> None:
-    name = faults.Copy(one.bundle, tmp_path / "copy.msc").appended()[0]
+    name = Copy(one.bundle, tmp_path / "copy.msc").appended()[0]
     found = one.planted(tmp_path, faults._initial)
     assert found.step is not None
     assert found.tensor is None
@@ -476,7 +478,7 @@ def test_an_engine_that_cannot_run_here(compiled: Path, trained: Path, tmp_path:
     shutil.copytree(compiled, copy := tmp_path / "copy.msc")
     (copy / "engines" / "trt-rtx").mkdir()
     manifest = bundle_file.read(compiled)
-    bundle_file.seal(copy, faults.replace(manifest, engines={**manifest.engines, "trt-rtx": {}}))
+    bundle_file.seal(copy, replace(manifest, engines={**manifest.engines, "trt-rtx": {}}))
     done = invoke(copy, "--reference", trained, "--engine", "trt-rtx")
     assert isinstance(done.exception, EngineUnavailable)
     assert done.exception.exit_code == 3

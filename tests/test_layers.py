@@ -31,6 +31,7 @@ COMMANDS = tuple(
         "packaging",
         "sweep",
         "pytest_plugin",
+        "terminal",
         "verification",
     )
 )
