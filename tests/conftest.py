@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # import-mode=importlib leaves i
 torch.set_num_threads(1)
 
 from bundles import bundle_of, checkpoint_of, compiled, example, family, trained  # noqa: E402, F401 (fixtures)
+from commands import run  # noqa: E402, F401 (a fixture)
 
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}
 settings.register_profile("quick", max_examples=15, **_COMMON)

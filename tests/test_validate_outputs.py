@@ -6,16 +6,15 @@ import json
 import math
 import re
 import shutil
-import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from commands import Run
 
-from mscompile import bundle, cli, codec
+from mscompile import bundle, codec
 from mscompile.errors import GateFailed, UsageError
 from mscompile.golden import Golden
 from validation import junit, markdown, parity_html, thresholds
@@ -25,25 +24,9 @@ from validation.latency import Ratio
 from validation.parity import TOLERANCES, ParityReport, TensorParity, thinned
 from validation.perplexity import Perplexity
 
-Run = Callable[..., tuple[int, str, str]]
 FP32 = TOLERANCES["fp32"]
 STATES = ("layer00.mems", "layer01.mems")
 SHA = "ab" * 32
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """run("validate", path) -> exit code, stdout, stderr."""
-
-    def command(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mscompile", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    return command
 
 
 def tensor(name: str, max_abs: float, rollout: str = "random", **more: Any) -> TensorParity:
