@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mscompile import checkpoint
-from mscompile.contracts import Profile
+from mscompile.contracts import Array, Profile
 
 if TYPE_CHECKING:
     from mscompile.pipeline import Options
@@ -67,6 +67,18 @@ def compile_to(path: Path, source: Path) -> None:
     from mscompile.pipeline import compile_checkpoint
 
     compile_checkpoint(source, ["ort"], path, options())
+
+
+def assert_streams(source: Path, tokens: Array, want: Array) -> None:
+    """An engine made from `source` gives `want`: token by token and in chunks of lengths that were never traced."""
+    from mscompile.runtime import open_bundle
+
+    path = source.with_suffix(".msc")
+    compile_to(path, source)
+    opened = open_bundle(path)
+    for chunks in ([1] * 41, [3, 1, 7, 2, 2, 11, 15], [41]):
+        assert sum(chunks) == tokens.shape[1]
+        assert cases.worst(cases.stream(opened.session("ort", batch=len(tokens)), tokens, chunks), want) <= 1e-4
 
 
 @pytest.fixture(scope="session", params=MODELS)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import bundles
 import cases
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,6 @@ from mscompile.conversion.base import Foreign
 from mscompile.conversion.table import SOURCES
 from mscompile.errors import CheckpointError
 from mscompile.models.family import ReferenceModel
-from mscompile.pipeline import compile_checkpoint
-from mscompile.runtime import open_bundle
 
 package = pytest.importorskip(
     "compressive_transformer_pytorch", reason="no published code: pip install compressive-transformer-pytorch==0.4.0"
@@ -129,13 +127,5 @@ def test_an_engine_of_their_checkpoint_equals_their_forward(tmp_path: Path) -> N
     vocab = tuple("abcdefghijk")
     torch.save({"state_dict": model.state_dict(), "config": USUAL, "vocab": vocab}, source)
     assert checkpoint.load(source).source == compressive_pytorch.SOURCE.name
-    from bundles import options
-
-    compile_checkpoint(source, ["ort"], tmp_path / "theirs.msc", options())
     tokens = cases.tokens(2, 41)
-    want = theirs(model, tokens)
-    bundle = open_bundle(tmp_path / "theirs.msc")
-    for chunks in ([1] * 41, [3, 1, 7, 2, 2, 11, 15], [41]):
-        got = cases.stream(bundle.session("ort", batch=2), tokens, chunks)
-        assert np.isfinite(got).all()
-        assert cases.worst(got, want) <= 1e-4
+    bundles.assert_streams(source, tokens, theirs(model, tokens))

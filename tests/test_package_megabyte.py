@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import bundles
 import cases
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -18,8 +18,6 @@ from mscompile.conversion.base import Foreign
 from mscompile.conversion.table import SOURCES
 from mscompile.errors import CheckpointError
 from mscompile.models.family import ReferenceModel
-from mscompile.pipeline import compile_checkpoint
-from mscompile.runtime import open_bundle
 
 package = pytest.importorskip("MEGABYTE_pytorch", reason="no published code: pip install MEGABYTE-pytorch==0.3.6")
 
@@ -133,13 +131,5 @@ def test_an_engine_of_their_checkpoint_equals_their_forward(tmp_path: Path) -> N
     model, source = cases.seeded(package.MEGABYTE(**settings), torch.float32), tmp_path / "theirs.pt"
     torch.save({"state_dict": model.state_dict(), "config": settings, "vocab": tuple("abcdefghijk")}, source)
     assert checkpoint.load(source).source == megabyte_pytorch.SOURCE.name
-    from bundles import options
-
-    compile_checkpoint(source, ["ort"], tmp_path / "theirs.msc", options())
     tokens = cases.tokens(2, 41)
-    want = theirs(model, tokens)
-    bundle = open_bundle(tmp_path / "theirs.msc")
-    for chunks in ([1] * 41, [3, 1, 7, 2, 2, 11, 15], [41]):
-        got = cases.stream(bundle.session("ort", batch=2), tokens, chunks)
-        assert np.isfinite(got).all()
-        assert cases.worst(got, want) <= 1e-4
+    bundles.assert_streams(source, tokens, theirs(model, tokens))

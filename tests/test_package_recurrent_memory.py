@@ -18,8 +18,6 @@ from mscompile.conversion.base import Foreign
 from mscompile.conversion.table import SOURCES
 from mscompile.errors import CheckpointError
 from mscompile.models.family import ReferenceModel
-from mscompile.pipeline import compile_checkpoint
-from mscompile.runtime import open_bundle
 
 package = pytest.importorskip(
     "recurrent_memory_transformer_pytorch",
@@ -154,8 +152,5 @@ def test_an_engine_of_their_checkpoint_equals_their_forward(tmp_path: Path) -> N
         parameter.copy_(parameter if name.endswith("norm.weight") else parameter / 3)
     torch.save({"state_dict": model.state_dict(), "config": settings, "vocab": list("abcdefghijk")}, source)
     assert checkpoint.load(source).source == recurrent_memory_pytorch.SOURCE.name
-    compile_checkpoint(source, ["ort"], tmp_path / "theirs.msc", bundles.options())
     tokens = cases.tokens(2, 41)
-    want, bundle = theirs(model, tokens), open_bundle(tmp_path / "theirs.msc")
-    for chunks in ([1] * 41, [3, 1, 7, 2, 2, 11, 15], [41]):
-        assert cases.worst(cases.stream(bundle.session("ort", batch=2), tokens, chunks), want) <= 1e-4
+    bundles.assert_streams(source, tokens, theirs(model, tokens))
