@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent))  # import-mode=importlib leaves it out; tests import `cases`
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored, also by children
 
 from bundles import bundle_of, checkpoint_of, compiled, example, family, trained  # noqa: E402, F401 (fixtures)
 from commands import run  # noqa: E402, F401 (a fixture)

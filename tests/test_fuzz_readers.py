@@ -90,7 +90,7 @@ import os, sys
 from pathlib import Path
 import fuzzing
 from mscompile.errors import MsCompileError as OneLine
-fuzzing.CPU_SECONDS = 1
+fuzzing.CPU_SECONDS, fuzzing.RESIDENT_BYTES = 2, 2**26
 path = None
 def fault(given):
     global path

@@ -363,9 +363,8 @@ def exporting(out: Path) -> list[int]:
 
 @contextmanager
 def started(command: list[str]) -> Iterator[subprocess.Popen[str]]:
-    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 (a job in the background ignores it)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    running = subprocess.Popen(command, cwd=ROOT, text=True, preexec_fn=heard, **pipes)
+    running = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
     try:
         yield running
     finally:
