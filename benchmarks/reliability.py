@@ -20,6 +20,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Annotated, Any
 
 import fuzzing
@@ -33,6 +34,7 @@ from mscompile.runtime import open_bundle
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "reliability.json"
 THREADS = 8
+SWEEP_CALLS = 60  # of one process of a sweep that change files; fewer are made where a point is not reached
 GROWTH_LIMIT_BYTES = 64 * 1024  # from the first half of the soak to the second
 Section = dict[str, Any]  # "rows", and "findings": a sentence for each
 
@@ -49,7 +51,7 @@ class Effort:
     soak_steps: int
 
 
-FULL = Effort(1000, 12, (0.0, 0.3, 0.6, 0.9), 6, 4000, 100_000)
+FULL = Effort(1000, 24, (0.0, 0.3, 0.6, 0.9), 6, 4000, 100_000)
 SHORT = Effort(20, 2, (0.5,), 2, 300, 3000)
 
 
@@ -85,6 +87,8 @@ def writers(seeds: Path, effort: Effort, directory: Path) -> Section:
         if stress.can_mount():
             found.append(trials.full_disks(effort.shares))
     found.append(stress.at_once(commands["export"], directory / "both", effort.rounds))
+    points = sorted(Random("sweep").sample(range(1, SWEEP_CALLS + 1), effort.points // 2))  # noqa: S311
+    found.append(stress.sweeps(seeds / "model.pt", directory / "sweeps", library, points))
     for each in found:
         print(each.row(), *each.findings, sep="\n    ", flush=True)
     told = [f"{each.command}, {each.what}: {finding}" for each in found for finding in each.findings]

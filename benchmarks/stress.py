@@ -8,6 +8,7 @@ fixed size. After each trial every output must be what it was, nothing, or the w
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import re
 import shutil
@@ -24,7 +25,17 @@ from typing import Any
 
 HERE = Path(__file__).parent
 CLI = (sys.executable, "-m", "mscompile.cli")
-FORMATS = ("cpp", "triton")  # web needs packages of npm beside it, and .ort files are never the same bytes twice
+FORMATS = ("cpp", "ort-mobile", "triton")  # web needs packages of npm beside it
+PLAN = """
+checkpoints = [{checkpoint}]
+steps = 32
+shape = [{{ batch = "1:2", max_chunk = 1 }}]
+[bench]
+workloads = ["decode@4"]
+rounds = 1
+samples = 1
+original = false
+"""
 PAGE_BYTES = 4096
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE = 24, 1  # linux/prctl.h, linux/capability.h
 
@@ -39,7 +50,7 @@ class Command:
 
 
 def commands(checkpoint: Path, bundle: Path) -> dict[str, Command]:
-    """Every command of mscompile that writes, on tiny inputs."""
+    """Every command of mscompile that writes, on tiny inputs; for sweeps, which go on, see `sweeps`."""
     sizes = ("--target", "ort", "--batch", "1:3", "--max-chunk", "1", "--steps", "64")
 
     def reports(out: Path) -> list[str | Path]:
@@ -234,7 +245,7 @@ def _digest(path: Path) -> str | None:
     """
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file())
-        text = "".join(f"{file.relative_to(path)} {sha256(file.read_bytes()).hexdigest()}\n" for file in files)
+        text = "".join(f"{file.relative_to(path)} {_content(file, path / 'sizes.json')}\n" for file in files)
     elif path.exists():
         text = path.read_text(encoding="utf-8")
         if page := re.fullmatch(r"(<!doctype html>.*?</title>).*(</html>\s*)", text, re.DOTALL | re.IGNORECASE):
@@ -243,6 +254,15 @@ def _digest(path: Path) -> str | None:
     else:
         return None
     return sha256(text.encode()).hexdigest()
+
+
+def _content(file: Path, record: Path) -> str:
+    """The hash of a file. Of an .ort file, which is not the same twice, whether `record` has its hash."""
+    content = file.read_bytes()
+    found = sha256(content).hexdigest()
+    if file.suffix == ".ort":
+        return f"{len(content)} {record.exists() and found in record.read_text(encoding='utf-8')}"
+    return sha256(re.sub(rb"[0-9a-f]{64}", b"", content)).hexdigest() if file == record else found
 
 
 def _size_bytes(directory: Path) -> int:
@@ -293,6 +313,38 @@ def at_once(command: Command, directory: Path, rounds: int) -> Result:
         open_bundle(out / command.outputs[0])
         if [path.name for path in out.iterdir()] != list(command.outputs):
             result.findings.append(f"round {number}: left behind {[path.name for path in out.iterdir()]}")
+    return result
+
+
+def sweeps(checkpoint: Path, directory: Path, library: Path, points: Sequence[int]) -> Result:
+    """A sweep of one cell, in which each process is killed at its n-th call; the same command has to end it."""
+    from mscompile.runtime import open_bundle
+
+    result = Result("sweep", "killed, then run again")
+    directory.mkdir(parents=True, exist_ok=True)
+    plan = directory / "plan.toml"
+    plan.write_text(PLAN.format(checkpoint=json.dumps(str(checkpoint))), encoding="utf-8")
+    for point in points:
+        out = directory / str(point)
+        out.mkdir()
+        line = [str(word) for word in (*CLI, "sweep", plan, "--out", out / "sweep", "--html", out / "sweep.html")]
+        crash = {"LD_PRELOAD": str(library), "CRASH_BELOW": f"{out}/", "CRASH_HOW": "kill", "CRASH_AT": str(point)}
+        killed = subprocess.run(line, env={**os.environ, **crash}, capture_output=True, text=True, check=False)
+        result.trials += 1
+        result.ended += killed.returncode in (-9, 1)
+        if killed.returncode not in (-9, 0, 1) or "Traceback" in killed.stderr:
+            result.findings.append(f"call {point}: code {killed.returncode}: {killed.stderr.strip()[-300:]}")
+        again = subprocess.run(line, capture_output=True, text=True, check=False)
+        names = {each: sorted(path.stem for path in (out / "sweep" / each).iterdir()) for each in ("bundles", "cells")}
+        if again.returncode or names["bundles"] != names["cells"] or len(names["cells"]) != 1:
+            result.findings.append(
+                f"call {point}: then code {again.returncode}, {names}: {again.stderr.strip()[-300:]}"
+            )
+            continue
+        open_bundle(next((out / "sweep" / "bundles").iterdir()))
+        if sorted(path.name for path in out.iterdir()) != ["sweep", "sweep.html"]:
+            result.findings.append(f"call {point}: left behind {sorted(path.name for path in out.iterdir())}")
+        result.outputs["new"] += 1
     return result
 
 

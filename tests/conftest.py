@@ -13,7 +13,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-sys.path.insert(0, str(Path(__file__).parent))  # import-mode=importlib leaves it out; tests import `cases`
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))  # import-mode=importlib leaves it out; tests import `cases`
+sys.path.append(str(HERE.parent / "benchmarks"))
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored, also by children
 

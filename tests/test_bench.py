@@ -217,7 +217,6 @@ def test_ceilings_are_no_contestant() -> None:
 
 
 def test_a_long_run_stays_with_the_original(compiled: Path, trained: Path) -> None:
-    sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
     import soak
 
     result = soak.soak(open_bundle(compiled), trained, steps=60, blocks=3)

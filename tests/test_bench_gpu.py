@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import cases
+import gpu_check
 import pytest
+import shapes
 import torch
+from recurrence import Recurrence
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "benchmarks"))
-
-import gpu_check  # noqa: E402
-import shapes  # noqa: E402
-from recurrence import Recurrence  # noqa: E402
 
 SETTINGS: list[dict[str, Any]] = [
     {"mem_len": 5},

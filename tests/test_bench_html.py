@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import report as benchmarks_report
+from test_bench_targets import SPEED, ratio
 
 from validation import html, svg
 from validation.svg import Axis, Series
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "benchmarks"))
-
-import report as benchmarks_report  # noqa: E402
-from test_bench_targets import SPEED, ratio  # noqa: E402
 
 MACHINE = {"processor": "A <fast> one", "cores": 2, "threads": 2, "system": "s", "python": "3", "versions": {"x": "1"}}
 

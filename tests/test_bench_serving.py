@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import serving
+import tables
+
+from mscompile.runtime import open_bundle
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "benchmarks"))
-
-import serving  # noqa: E402
-import tables  # noqa: E402
-
-from mscompile.runtime import open_bundle  # noqa: E402
 
 EXACT = 1e-5
 

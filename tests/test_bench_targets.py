@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tables
+from precision import loss
+from targets import DECODE, HOURGLASS, PREFILL, TXL, VANILLA, Row, rows
+
+from mscompile.models.families import FAMILIES
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "benchmarks"))
-
-import tables  # noqa: E402
-from precision import loss  # noqa: E402
-from targets import DECODE, HOURGLASS, PREFILL, TXL, VANILLA, Row, rows  # noqa: E402
-
-from mscompile.models.families import FAMILIES  # noqa: E402
 
 
 def ratio(median: float) -> dict[str, float]:

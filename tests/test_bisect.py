@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from copy import copy as duplicate
 from dataclasses import dataclass, replace
@@ -13,6 +12,9 @@ from typing import Any
 
 import bundles
 import cases
+import faults
+import faulty_sessions
+import mutation
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -20,30 +22,25 @@ import pytest
 import small_graphs
 import tiny
 import torch
+from bundle_copies import Copy
 from click.testing import Result
+from faults import Fault, planted
 from torch import nn
 from typer.testing import CliRunner
 
+from engines import trt_rtx
+from exporters import cut, origin
+from mscompile import adapters, checkpoint, cli, compile_checkpoint
+from mscompile import bundle as bundle_file
+from mscompile.bisect import Report, Search, bisect
+from mscompile.contracts import Array, Plan
+from mscompile.errors import EngineUnavailable, GateFailed, UsageError
+from mscompile.locate import Exported
+from mscompile.runtime import open_bundle
+from validation import contract, sources
+from validation.suspects import Evidence, relative_error, suspects
+
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "benchmarks"))
-
-import faults  # noqa: E402
-import faulty_sessions  # noqa: E402
-import mutation  # noqa: E402
-from bundle_copies import Copy  # noqa: E402
-from faults import Fault, planted  # noqa: E402
-
-from engines import trt_rtx  # noqa: E402
-from exporters import cut, origin  # noqa: E402
-from mscompile import adapters, checkpoint, cli, compile_checkpoint  # noqa: E402
-from mscompile import bundle as bundle_file  # noqa: E402
-from mscompile.bisect import Report, Search, bisect  # noqa: E402
-from mscompile.contracts import Array, Plan  # noqa: E402
-from mscompile.errors import EngineUnavailable, GateFailed, UsageError  # noqa: E402
-from mscompile.locate import Exported  # noqa: E402
-from mscompile.runtime import open_bundle  # noqa: E402
-from validation import contract, sources  # noqa: E402
-from validation.suspects import Evidence, relative_error, suspects  # noqa: E402
 
 STEPS = 64  # tokens a row in the long rollouts
 

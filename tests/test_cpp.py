@@ -28,7 +28,7 @@ from replays import LENGTHS, Replay, mixed
 
 from engines import registry
 from engines.cuda import device_count
-from mscompile import checkpoint
+from mscompile import bundle, checkpoint
 from mscompile.contracts import Array, HostInput
 from mscompile.errors import MsCompileError
 from mscompile.packaging.formats import package
@@ -351,10 +351,12 @@ def fuzzer() -> Path:
 
 def test_fuzzing_the_manifest_reader_finds_nothing(fuzzer: Path, compiled: Path, tmp_path: Path) -> None:
     small = json.loads((compiled / "manifest.json").read_text(encoding="utf-8"))
-    small.update(rules=[], passes=[], source={}, versions={}, tolerances={}, parity=None, verified=False)
+    small.update(rules=[], passes=[], source={"sha256": ""}, versions={}, tolerances={}, parity=None, verified=False)
     small["files"] = {name: entry for name, entry in small["files"].items() if name.startswith("graphs/")}
+    text = json.dumps(small)
+    assert bundle._manifest_fault(bundle._parse(compiled, text.encode())) is None, "a refused seed is not walked"
     (tmp_path / "corpus").mkdir()
-    (tmp_path / "corpus" / "small.json").write_text(json.dumps(small), encoding="utf-8")
+    (tmp_path / "corpus" / "small.json").write_text(text, encoding="utf-8")
     words = {*small, *small["spec"], *small["spec"]["schedule"], *small["spec"]["states"][0], "batch", "chunk", "/2"}
     (tmp_path / "words").write_text("".join(f'"\\"{word}\\""\n' for word in words), encoding="utf-8")
     output(

@@ -13,19 +13,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import fuzzing
+import mutators
 import pytest
+from attacks import ATTACKS
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mscompile import bundle, codec
 from mscompile.bundle import Manifest
 from mscompile.errors import BundleError, MsCompileError
-
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
-
-import fuzzing
-import mutators
-from attacks import ATTACKS
 
 QUICK = ("checkpoint .pt, contents", "manifest, session")
 MadeOnce = Callable[[str, Callable[[Path], object]], Path]

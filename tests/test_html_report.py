@@ -5,13 +5,14 @@ What it says is checked without a browser, in test_validate_outputs.py and here.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
 import browser
+import pictures
 import pytest
+from test_bench_html import BENCH
 
 from mscompile import gate
 from mscompile.runtime import open_bundle
@@ -19,10 +20,6 @@ from validation.html import bench_page
 from validation.parity_html import parity_page
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "benchmarks"))
-
-import pictures  # noqa: E402
-from test_bench_html import BENCH  # noqa: E402
 
 MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 LOOKS = {

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import bundles
 import cases
 import numpy as np
 import pytest
 import tiny
 import torch
+from faulty_sessions import Altered
 
-from engines.session import StreamSession
 from engines.torch_eager import original
 from mscompile.contracts import Array, Snapshot
-from mscompile.errors import EngineError
+from mscompile.errors import EngineError, GateFailed
+from mscompile.models.transformer_xl import TransformerXLLayer
 from validation import invariants, parity, rollouts
 from validation.invariants import Check
 
@@ -26,16 +29,6 @@ MODELS = {
     "hourglass": lambda: cases.model("attention+attention", torch.float32),
 }
 Alter = Callable[[Any], Any]
-
-
-class Altered:
-    """A session with one fault."""
-
-    def __init__(self, session: StreamSession) -> None:
-        self.inner = session
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
 
 
 class FavoursRowZero(Altered):
@@ -161,6 +154,16 @@ def test_rings_whose_first_slots_are_read_by_design_are_not_poisoned() -> None:
     assert {check.name: check.skipped for check in found}["poisoned slots"] == (
         "no state is appended to whose first slots are masked"
     )
+
+
+def test_a_mask_forgotten_by_a_rule_fails_the_rollouts_though_its_rings_are_not_poisoned(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stream program alone cannot tell its own fault from what the original does; the original's logits can."""
+    monkeypatch.setattr(TransformerXLLayer, "attends_empty", True)
+    with pytest.raises(GateFailed) as caught:
+        bundles.compile_to(tmp_path / "tiny.msc", trained)
+    assert "logits: max abs error" in str(caught.value)
 
 
 def test_what_cannot_be_checked_says_why() -> None:

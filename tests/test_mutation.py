@@ -6,16 +6,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
+import mutation
 import pytest
+from faults import FAULTS
 
 ROOT = Path(__file__).parent.parent
-sys.path.append(str(ROOT / "benchmarks"))
-
-import mutation  # noqa: E402
-from faults import FAULTS  # noqa: E402
 
 SHORT = (
     "weight 0.1 % too large",

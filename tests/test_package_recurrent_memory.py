@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,5 +153,4 @@ def test_an_engine_of_their_checkpoint_equals_their_forward(tmp_path: Path) -> N
         parameter.copy_(parameter if name.endswith("norm.weight") else parameter / 3)
     torch.save({"state_dict": model.state_dict(), "config": settings, "vocab": list("abcdefghijk")}, source)
     assert checkpoint.load(source).source == recurrent_memory_pytorch.SOURCE.name
-    tokens = cases.tokens(2, 41)
-    bundles.assert_streams(source, tokens, theirs(model, tokens))
+    bundles.assert_streams(source, partial(theirs, model))

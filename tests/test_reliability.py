@@ -6,15 +6,11 @@ Short forms of its sections run in test_fuzz_readers.py and test_robustness.py.
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
-
 import fuzzing
+import pytest
 import reliability
 import stress
 import tables

@@ -16,15 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import stress
 
 from mscompile import atomic
 from mscompile.atomic import write_text, writing
 from mscompile.contracts import StateSpec, require_memory
 from mscompile.errors import InputError, MsCompileError, UsageError
-
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
-
-import stress
 
 ROOT = Path(atomic.__file__).parents[1]
 WRITER = """
@@ -102,13 +99,21 @@ def test_a_mixture_would_be_found(trials: stress.Trials, monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["package --format triton", "validate", "bench", "export"])
+@pytest.mark.parametrize(
+    "name", ["package --format ort-mobile", "package --format triton", "validate", "bench", "export"]
+)
 def test_commands_that_are_ended_leave_the_old_or_the_new(
     name: str, library: Path, trained: Path, compiled: Path, tmp_path: Path
 ) -> None:
     trials = stress.Trials(stress.commands(trained, compiled)[name], tmp_path, library)
     for result in (*(trials.crashes(how, 2) for how in ("kill", "full")), trials.read_only()):
         assert result.findings == []
+
+
+@pytest.mark.slow
+def test_sweeps_that_are_killed_go_on(library: Path, trained: Path, tmp_path: Path) -> None:
+    result = stress.sweeps(trained, tmp_path, library, (2, 9))
+    assert (result.findings, result.ended, result.outputs) == ([], 2, {"new": 2})
 
 
 @pytest.mark.slow
