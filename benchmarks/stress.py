@@ -261,8 +261,8 @@ def _content(file: Path, record: Path) -> str:
     content = file.read_bytes()
     found = sha256(content).hexdigest()
     if file.suffix == ".ort":
-        return f"{len(content)} {record.exists() and found in record.read_text(encoding='utf-8')}"
-    return sha256(re.sub(rb"[0-9a-f]{64}", b"", content)).hexdigest() if file == record else found
+        return str(record.exists() and found in record.read_text(encoding="utf-8"))
+    return sha256(re.sub(rb"[0-9a-f]{64}|\d+", b"", content)).hexdigest() if file == record else found
 
 
 def _size_bytes(directory: Path) -> int:

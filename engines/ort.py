@@ -9,6 +9,7 @@ A provider that cannot take a node is an error here, never a silent fallback: CU
 
 from __future__ import annotations
 
+import errno
 import json
 import tempfile
 from collections.abc import Callable, Mapping
@@ -207,6 +208,9 @@ def _open(path: Path, graphs: Path, graph: GraphSpec, provider: str, optimized: 
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graphs))
         session = onnxruntime.InferenceSession(given, options, providers=[provider])
     except Exception as error:
+        if optimized is not None:
+            _open(path, graphs, graph, provider, None)  # raises the error again, unless only saving failed
+            raise OSError(errno.EIO, f"ONNX Runtime could not save what it made of {path.name}") from error
         raise EngineError(f"ONNX Runtime cannot load {path.name} on {provider}: {_first_line(error)}") from error
     if session.get_providers()[0] != provider:
         raise EngineError(f"{path.name} was placed on {session.get_providers()[0]}, not on {provider}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -14,11 +15,11 @@ import onnx_ir as ir
 import pytest
 
 import mscompile
-from engines import ort_packed
+from engines import ort, ort_packed
 from engines.ort import CONFIG, ENGINE
 from exporters import weights
 from mscompile.contracts import BATCH, GraphSpec, Profile, Schedule, StreamSpec, TensorSpec, Tick
-from mscompile.errors import BundleError
+from mscompile.errors import BundleError, EngineError
 
 ROOT = Path(mscompile.__file__).parents[1]
 WIDTH, LAYERS = 1024, 8
@@ -146,3 +147,14 @@ def test_open_graphs_hold_no_copy_of_the_weights(bundle: Path) -> None:
     (plain / CONFIG).write_text("{}")
     assert grown(bundle / "ort") < 0.5 * WEIGHTS_BYTES
     assert grown(plain) > 2.5 * WEIGHTS_BYTES  # a packed copy each: what the files avoid
+
+
+def test_a_full_disk_is_told_from_a_graph_that_cannot_be_loaded(bundle: Path, tmp_path: Path) -> None:
+    graphs, one = bundle / "graphs", spec().graphs[0]
+    (tmp_path / "one.onnx").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"could not save what it made of one\.onnx") as full:
+        ort._open(graphs / "one.onnx", graphs, one, ort.CPU, tmp_path)
+    assert full.value.errno == errno.EIO
+    (broken := tmp_path / "broken.onnx").write_bytes((graphs / "one.onnx").read_bytes()[:200])
+    with pytest.raises(EngineError, match=r"ONNX Runtime cannot load broken\.onnx"):
+        ort._open(broken, graphs, one, ort.CPU, tmp_path)

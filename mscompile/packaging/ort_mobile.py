@@ -108,16 +108,14 @@ def _write_graphs(bundle: Bundle, folder: Path) -> dict[str, Path]:
     written = {}
     for graph in bundle.spec.graphs:
         written[graph.name] = folder / f"{graph.name}.ort"
-        options = _options()
-        options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, LEVEL)
-        options.optimized_model_filepath = str(written[graph.name])
-        options.add_session_config_entry("session.save_model_format", "ORT")
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graphs))
+        plain, saving, given = _options(graphs), _options(graphs), ort.source(graphs, built, graph.name)
+        saving.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, LEVEL)
+        saving.optimized_model_filepath = str(written[graph.name])
+        saving.add_session_config_entry("session.save_model_format", "ORT")
         try:
-            _inference(ort.source(graphs, built, graph.name), options)
+            _inference(given, saving)
         except EngineError as error:
-            if "Failed to save" not in str(error):
-                raise
+            _inference(given, plain)  # raises the error again, unless only saving failed
             raise OSError(errno.EIO, f"ONNX Runtime could not save {graph.name}.ort") from error
     return written
 
@@ -131,12 +129,14 @@ def _opened(file: Path) -> Any:
     return _inference(file, options)
 
 
-def _options() -> Any:
+def _options(weights: Path | None = None) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", ort.ACCURACY_LEVEL)
+    if weights is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
     return options
 
 
